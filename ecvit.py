@@ -1,0 +1,182 @@
+"""ECViT, the small vision transformer of EdgeCrafter (arXiv 2603.18739), with its three-level pyramid.
+
+Module names follow the released files, so `ecvitt.pth` and its sisters load as they are.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# name: width D, heads, MLP ratio, blocks, pyramid width (None: D), whether the stem's stride-8 map joins the finest level
+CONFIGS = {
+    "ecvit-nano": dict(dim=128, heads=2, mlp_ratio=4, depth=6, pyramid_dim=None, skip=True),
+    "ecvitt": dict(dim=192, heads=3, mlp_ratio=4, depth=12, pyramid_dim=None, skip=False),
+    "ecvittplus": dict(dim=256, heads=4, mlp_ratio=4, depth=12, pyramid_dim=None, skip=False),
+    "ecvits": dict(dim=384, heads=6, mlp_ratio=4, depth=12, pyramid_dim=256, skip=False),
+    "ecvitsplus": dict(dim=384, heads=6, mlp_ratio=6, depth=12, pyramid_dim=256, skip=False),
+}
+
+
+class ConvNorm(nn.Module):
+    """Convolution without bias, then batch normalisation."""
+
+    def __init__(self, in_dim, out_dim, kernel_size, stride=1):
+        super().__init__()
+        self.conv = nn.Conv2d(in_dim, out_dim, kernel_size, stride, padding=kernel_size // 2, bias=False)
+        self.norm = nn.BatchNorm2d(out_dim)
+
+    def forward(self, x):
+        return self.norm(self.conv(x))
+
+
+class PatchEmbed(nn.Module):
+    """Four stride-2 convolutions: (B, 3, H, W) -> (B, D/2, H/8, W/8) and (B, D, H/16, W/16)."""
+
+    def __init__(self, dim):
+        super().__init__()
+        widths = [3, dim // 8, dim // 4, dim // 2]
+        self.convs = nn.ModuleList(ConvNorm(i, o, 3, stride=2) for i, o in zip(widths, widths[1:]))
+        self.proj = nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1)
+
+    def forward(self, x):
+        for conv in self.convs:
+            x = F.relu(conv(x))
+        return x, self.proj(x)
+
+
+class RotaryEmbedding(nn.Module):
+    """Angles of the 2D rotary position (RoFormer, arXiv 2104.09864) for a grid of patches.
+
+    Coordinates run over (-1, 1) along each axis whatever its length, so any picture size uses the same range.
+    """
+
+    def __init__(self, head_dim, base=100.0):
+        super().__init__()
+        self.register_buffer("periods", base ** (2 * torch.arange(head_dim // 4) / (head_dim // 2)))
+
+    def forward(self, h, w):
+        """-> sin, cos, each (h * w, head_dim)."""
+        periods = self.periods.float()
+        row, column = (2 * (torch.arange(n, device=periods.device) + 0.5) / n - 1 for n in (h, w))
+        angles_y = (2 * math.pi * row[:, None] / periods)[:, None].expand(h, w, -1)
+        angles_x = (2 * math.pi * column[:, None] / periods)[None].expand(h, w, -1)
+        angles = torch.cat([angles_y, angles_x], dim=-1).flatten(0, 1).tile(2)
+        return angles.sin(), angles.cos()
+
+
+def rotate(x, sin, cos):
+    """Rotates the patch tokens of x (B, heads, N, d); the tokens before the last len(sin) carry no position."""
+    register, patches = x[:, :, : -sin.shape[0]], x[:, :, -sin.shape[0] :]
+    a, b = patches.chunk(2, dim=-1)
+    rotated = patches * cos.to(x.dtype) + torch.cat([-b, a], dim=-1) * sin.to(x.dtype)
+    return torch.cat([register, rotated], dim=2)
+
+
+class Attention(nn.Module):
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x, sin, cos):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(rotate(q, sin, cos), rotate(k, sin, cos), v)
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block without layer scale."""
+
+    def __init__(self, dim, heads, mlp_ratio):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, mlp_ratio * dim)
+
+    def forward(self, x, sin, cos):
+        x = x + self.attn(self.norm1(x), sin, cos)
+        return x + self.mlp(self.norm2(x))
+
+
+class ECViTTrunk(nn.Module):
+    """The transformer itself: what the released backbone files hold."""
+
+    def __init__(self, dim, heads, mlp_ratio, depth):
+        super().__init__()
+        self.patch_embed = PatchEmbed(dim)
+        self.register_token = nn.Parameter(torch.empty(1, 1, dim))
+        self.rope_embed = RotaryEmbedding(dim // heads)
+        self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio) for _ in range(depth))
+        self.gradient_checkpointing = False
+        nn.init.trunc_normal_(self.register_token, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, images):
+        """images (B, 3, H, W) -> stem map (B, D/2, H/8, W/8), grid (h, w), [tokens (B, 1 + N, D) after every block]."""
+        stem, patches = self.patch_embed(images)
+        h, w = patches.shape[-2:]
+        x = patches.flatten(2).transpose(1, 2)
+        x = torch.cat([self.register_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+        sin, cos = self.rope_embed(h, w)
+        outputs = []
+        for block in self.blocks:
+            if self.gradient_checkpointing and self.training:
+                x = torch.utils.checkpoint.checkpoint(block, x, sin, cos, use_reentrant=False)
+            else:
+                x = block(x, sin, cos)
+            outputs.append(x)
+        return stem, (h, w), outputs
+
+
+class ECViT(nn.Module):
+    """ECViT with its pyramid: (B, 3, H, W), H and W multiples of 32 -> maps at strides 8, 16, 32, finest first.
+
+    All levels are one map, the mean of the last two blocks' patch tokens, resized. `skip` adds the stem's own stride-8
+    map to the finest level: at the picture sizes of the nano model a stride-16 grid alone is too coarse for small boxes.
+    """
+
+    strides = (8, 16, 32)
+
+    def __init__(self, dim, heads, mlp_ratio, depth, pyramid_dim=None, skip=False):
+        super().__init__()
+        self.backbone = ECViTTrunk(dim, heads, mlp_ratio, depth)
+        widths = [dim] if pyramid_dim is None else [pyramid_dim] * 3
+        self.projector = nn.ModuleList(ConvNorm(dim, width, 1) for width in widths)
+        self.skip = ConvNorm(dim // 2, dim, 1) if skip else None
+        self.channels = (pyramid_dim or dim,) * 3
+
+    def forward(self, images):
+        stem, (h, w), tokens = self.backbone(images)
+        mean = (tokens[-2][:, 1:] + tokens[-1][:, 1:]) / 2
+        mean = mean.transpose(1, 2).unflatten(2, (h, w))
+        levels = [
+            mean if size == (h, w) else F.interpolate(mean, size=size, mode="bilinear", align_corners=False)
+            for size in ((2 * h, 2 * w), (h, w), (h // 2, w // 2))
+        ]
+        for level, projector in zip(range(3 - len(self.projector), 3), self.projector):
+            levels[level] = projector(levels[level])
+        if self.skip is not None:
+            levels[0] = levels[0] + self.skip(stem)
+        return levels
+
+    def forward_features(self, images):
+        """-> x_norm (B, 1 + N, D), register first, and x_norm_patchtokens (B, N, D); ECViT has no final norm, no class token."""
+        tokens = self.backbone(images)[2][-1]
+        return {"x_norm": tokens, "x_norm_patchtokens": tokens[:, 1:]}

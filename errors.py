@@ -1,0 +1,16 @@
+"""Mistakes that a user can mend: one line on stderr and exit status 2 instead of a traceback."""
+
+import sys
+
+
+class UserError(Exception):
+    """The message says what is wrong, where, and what to do."""
+
+
+def run(main):
+    """Calls a script's main; a UserError ends it in one line and status 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)

@@ -5,6 +5,7 @@ A `Split` holds plain records; `DetectionDataset` turns one into what a detector
 Category ids of any kind stay in `category_ids`, for results files.
 """
 
+import itertools
 import json
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
@@ -19,11 +20,9 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
+from errors import UserError
+
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
-
-
-class DataError(Exception):
-    """Something is wrong with the user's data; the message says what, where and what to do."""
 
 
 @dataclass
@@ -75,11 +74,12 @@ def read_image(path, upright=True):
 class DetectionDataset(torch.utils.data.Dataset):
     """Records as (image, target) after `transforms`; decoded pictures are kept in memory up to `cache_bytes`.
 
-    Indexed by (index, seed) as well as by index: with a seed the augmentation depends on nothing else, whichever process
-    draws it and whenever, so that a resumed run sees the same pictures.
+    Indexed by (index, seed, draw) as well as by index: the augmentation depends on nothing but the seed and on `draw`, a
+    number in [0, 1) that a whole batch shares, whichever process draws it and whenever; so a resumed run sees the same
+    pictures.
     """
 
-    def __init__(self, split, transforms, cache_bytes=0):
+    def __init__(self, split, transforms, cache_bytes=2**30):
         self.split, self.transforms = split, transforms
         pixels = sum(r.width * r.height * 3 for r in split.records)
         self.cache = {} if pixels <= cache_bytes else None
@@ -88,13 +88,11 @@ class DetectionDataset(torch.utils.data.Dataset):
         return len(self.split.records)
 
     def __getitem__(self, index):
-        index, seed = index if isinstance(index, tuple) else (index, None)
+        index, seed, draw = index if isinstance(index, tuple) else (index, index, 0.0)
         image, target = self.load(index)
-        if seed is None:
-            return self.transforms(image, target)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return self.transforms(image, target)
+            return self.transforms(image, target, draw)
 
     def load(self, index):
         """-> the whole picture as uint8 tv_tensors.Image (3, H, W) and its target, boxes xyxy in pixels."""
@@ -119,6 +117,29 @@ class DetectionDataset(torch.utils.data.Dataset):
         return tv_tensors.Image(image), target
 
 
+class EndlessBatches:
+    """Batches of (index, seed, draw) without end, for DataLoader's batch_sampler: permutation after permutation of the data set,
+    each picture once in each, cut into full batches. `first` batches are left out, to go on where a run was stopped."""
+
+    def __init__(self, length, batch_size, seed, first=0):
+        self.length, self.batch_size, self.seed, self.first = length, batch_size, seed, first
+
+    def __iter__(self):
+        start = self.first * self.batch_size
+        batch = []
+        for position in itertools.count(start):
+            round_, place = divmod(position, self.length)
+            if place == 0 or position == start:
+                order = torch.randperm(self.length, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + round_)).tolist()
+            seed = (self.seed * 1_000_003 + position) % 2**31
+            if not batch:
+                draw = float(torch.rand((), generator=torch.Generator().manual_seed(seed)))
+            batch.append((order[place], seed, draw))
+            if len(batch) == self.batch_size:
+                yield batch
+                batch = []
+
+
 def collate(batch, divisor=32):
     """[(image, target)] -> images (B, 3, H, W) padded at the right and bottom to multiples of divisor, mask (B, H, W) True on padding, targets."""
     images, targets = zip(*batch)
@@ -139,17 +160,17 @@ def load_splits(root, train=None, val=None, skip_bad_images=False):
     """A data set's folder -> (training Split, validation Split), read and checked whole.
 
     `train` and `val` name the parts where the folder has several: a file of ImageSets/Main for Pascal VOC, a word in the
-    JSON's or the folder's name for COCO. Raises DataError.
+    JSON's or the folder's name for COCO. Raises UserError.
     """
     root = Path(root)
     if not root.is_dir():
-        raise DataError(f"{root}: no such folder; --data takes the folder of a COCO or a Pascal VOC data set")
+        raise UserError(f"{root}: no such folder; --data takes the folder of a COCO or a Pascal VOC data set")
     read = read_voc if (root / "ImageSets" / "Main").is_dir() else read_coco
     splits = read(root, train, val)
     for split in splits:
         check(split, skip_bad_images)
     if not any(len(r.boxes) for r in splits[0].records):
-        raise DataError(f"{root}: the training part '{splits[0].name}' has {len(splits[0].records)} pictures and no box")
+        raise UserError(f"{root}: the training part '{splits[0].name}' has {len(splits[0].records)} pictures and no box")
     return splits
 
 
@@ -164,10 +185,10 @@ def read_coco(root, train=None, val=None):
         matches = next(filter(None, ([p for p in jsons if w in f"{p.parent.name}/{p.stem}".lower()] for w in words)), [])
         if len(matches) > 1:
             names = ", ".join(str(p.relative_to(root)) for p in matches)
-            raise DataError(f"{root}: {names} could all be '{words[0]}'; say which with --train-split and --val-split")
+            raise UserError(f"{root}: {names} could all be '{words[0]}'; say which with --train-split and --val-split")
         if not matches:
             here = ", ".join(sorted(p.name for p in root.iterdir())[:12]) or "nothing"
-            raise DataError(
+            raise UserError(
                 f"{root}: no annotations for '{words[0]}'. Looked for COCO (annotations/*{words[0]}*.json, or a folder "
                 f"{words[0]}*/ with a JSON inside) and for Pascal VOC (ImageSets/Main). Found: {here}"
             )
@@ -175,7 +196,7 @@ def read_coco(root, train=None, val=None):
     first, second = (dict(zip(s.category_ids, s.classes)) for s in splits)
     for category_id, name in second.items():
         if first.get(category_id) != name:
-            raise DataError(
+            raise UserError(
                 f"{root}: category {category_id} is '{name}' in {splits[1].name} but '{first.get(category_id, 'missing')}' "
                 f"in {splits[0].name}; give both files the same categories"
             )
@@ -193,10 +214,10 @@ def read_coco_file(path, root):
         categories = sorted((c["id"], c["name"]) for c in data["categories"])
         images = {image["id"]: image for image in data["images"]}
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: not a COCO annotation file ({type(error).__name__}: {error})") from None
+        raise UserError(f"{path}: not a COCO annotation file ({type(error).__name__}: {error})") from None
     labels = {category_id: i for i, (category_id, _) in enumerate(categories)}
     if not categories or len(labels) < len(categories) or len(images) < len(data["images"]):
-        raise DataError(f"{path}: {'no categories' if not categories else 'an id is used twice in categories or images'}")
+        raise UserError(f"{path}: {'no categories' if not categories else 'an id is used twice in categories or images'}")
     rows = {image_id: [] for image_id in images}
     for number, annotation in enumerate(data.get("annotations", [])):
         try:
@@ -206,7 +227,7 @@ def read_coco_file(path, root):
             rows[annotation["image_id"]].append((x, y, x + w, y + h, label, area, bool(annotation.get("iscrowd"))))
         except (ValueError, KeyError, TypeError) as error:
             what = f"annotation {annotation.get('id', number)}" if isinstance(annotation, dict) else f"annotation number {number}"
-            raise DataError(f"{path}: {what}: {type(error).__name__} {error}; bbox, category_id or image_id is wrong") from None
+            raise UserError(f"{path}: {what}: {type(error).__name__} {error}; bbox, category_id or image_id is wrong") from None
     folders = [path.parent / "images", path.parent, root / path.stem.removeprefix("instances_"), root / "images", root]
     split = path.parent.name if path.parent.name != "annotations" else path.stem.removeprefix("instances_")
     folders.insert(0, root / split)
@@ -214,7 +235,7 @@ def read_coco_file(path, root):
     records = []
     for image_id, image in images.items():
         if "file_name" not in image:
-            raise DataError(f"{path}: image {image_id} has no file_name")
+            raise UserError(f"{path}: image {image_id} has no file_name")
         candidates = [folder / image["file_name"] for folder in folders]
         file = next((c for c in candidates if c.exists()), candidates[0])
         size = (int(image.get("width") or 0), int(image.get("height") or 0))
@@ -240,7 +261,7 @@ def read_voc(root, train=None, val=None):
     names, parts = set(), []
     for part in (train, val):
         if part not in lists:
-            raise DataError(f"{root}/ImageSets/Main/{part}.txt is missing; there are: {', '.join(sorted(lists)) or 'no lists'}")
+            raise UserError(f"{root}/ImageSets/Main/{part}.txt is missing; there are: {', '.join(sorted(lists)) or 'no lists'}")
         stems = [line.split()[0] for line in (root / "ImageSets" / "Main" / f"{part}.txt").read_text().splitlines() if line.strip()]
         objects = {stem: read_voc_file(root / "Annotations" / f"{stem}.xml") for stem in stems}
         names |= {row[4] for _, rows in objects.values() for row in rows}
@@ -271,9 +292,9 @@ def read_voc_file(path):
             rows.append((x1, y1, x2, y2, item.findtext("name").strip(), (x2 - x1) * (y2 - y1), item.findtext("difficult", "0").strip() == "1"))
         return size, rows
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from None
+        raise UserError(f"{path}: {error.strerror}") from None
     except (ElementTree.ParseError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"{path}: not a Pascal VOC annotation ({error})") from None
+        raise UserError(f"{path}: not a Pascal VOC annotation ({error})") from None
 
 
 def probe(record):
@@ -292,14 +313,14 @@ def probe(record):
 
 
 def check(split, skip_bad_images=False):
-    """Opens every picture and mends every box, in place; `split.remarks` tells what was found. Raises DataError."""
+    """Opens every picture and mends every box, in place; `split.remarks` tells what was found. Raises UserError."""
     with ThreadPoolExecutor() as pool:
         probes = list(tqdm(pool.map(probe, split.records), f"checking {split.name}", len(split.records), leave=False, disable=None if len(split.records) > 2000 else True))
     bad = [p for p in probes if isinstance(p, str)]
     if bad:
         listed = "; ".join(bad[:10]) + (f"; and {len(bad) - 10} more" if len(bad) > 10 else "")
         if not skip_bad_images or len(bad) == len(probes):
-            raise DataError(f"{split.name}: {len(bad)} of {len(probes)} pictures can't be read ({listed}). Mend them, or leave them out with --skip-bad-images")
+            raise UserError(f"{split.name}: {len(bad)} of {len(probes)} pictures can't be read ({listed}). Mend them, or leave them out with --skip-bad-images")
         split.remarks.append(f"{len(bad)} pictures left out: {listed}")
     found = Counter()
     for record, sizes in zip(split.records, probes):

@@ -26,10 +26,10 @@ class HungarianMatcher(nn.Module):
     """The cheapest one-to-one assignment of predictions to objects, for several layers' outputs at once.
 
     class_loss "softmax": the class cost is minus the probability (DETR); otherwise the focal cost of Deformable DETR
-    (arXiv 2010.04159) with alpha 0.25 and gamma 2.
+    (arXiv 2010.04159), alpha 0.25, gamma 2.
     """
 
-    def __init__(self, class_cost=1.0, bbox_cost=5.0, giou_cost=2.0, class_loss="focal"):
+    def __init__(self, class_cost=1.0, bbox_cost=5.0, giou_cost=2.0, class_loss="quality"):
         super().__init__()
         self.class_cost, self.bbox_cost, self.giou_cost, self.class_loss = class_cost, bbox_cost, giou_cost, class_loss
 
@@ -72,90 +72,116 @@ class HungarianMatcher(nn.Module):
         return tuple(torch.tensor(rows, dtype=torch.long).T.to(device))
 
 
-def quality_focal_loss(logits, targets, gamma=1.5):
-    """Matchability-aware loss (DEIM, arXiv 2412.04234): logits, targets (..., K), the target of the object's class being
-    IoU ** gamma and 0 elsewhere; easy negatives count little -> (...,) summed over K."""
+@torch.no_grad()
+def assign_dense(cost, counts, k):
+    """The k cheapest pixels of every object: costs (B, N, T), counts (B,) objects -> image, pixel, object, (M,) each.
+
+    A pixel that several objects claim goes to the cheapest. This is how the dense outputs are taught: one pixel an object
+    would be too few examples to learn from a small data set.
+    """
+    if cost.shape[2] == 0:
+        return tuple(torch.zeros(3, 0, dtype=torch.long, device=cost.device))
+    missing = torch.arange(cost.shape[2], device=cost.device) >= counts[:, None]
+    cost = cost.nan_to_num(1e6, 1e6, -1e6).masked_fill(missing[:, None], torch.inf)
+    nearest = cost.topk(min(k, cost.shape[1]), dim=1, largest=False).indices
+    claimed = torch.zeros_like(cost, dtype=torch.bool).scatter_(1, nearest, True) & ~missing[:, None]
+    cheapest = cost.masked_fill(~claimed, torch.inf).argmin(-1)
+    image, pixel = claimed.any(-1).nonzero(as_tuple=True)
+    return image, pixel, cheapest[image, pixel]
+
+
+class SetCriterion(nn.Module):
+    """The loss of a detector's outputs: every decoder layer is matched on its own, all are computed together.
+
+    class_loss "softmax": cross-entropy over K classes and "no object", which weighs `no_object_weight` (DETR). "quality":
+    K binary scores that learn the IoU of their box, see `quality_loss`. Where the outputs have "dense" predictions, each
+    object teaches `dense_k` of their pixels.
+    """
+
+    def __init__(self, matcher, class_loss="quality", class_weight=1.0, bbox_weight=5.0, giou_weight=2.0,
+                 no_object_weight=0.1, dense_k=4):  # fmt: skip
+        super().__init__()
+        self.matcher, self.class_loss, self.no_object_weight, self.dense_k = matcher, class_loss, no_object_weight, dense_k
+        self.weights = {"class": class_weight, "bbox": bbox_weight, "giou": giou_weight}
+
+    def forward(self, outputs, targets):
+        """outputs: a detector's; targets: B dicts with `labels` (T,) and `boxes` (T, 4) -> {name: weighted scalar}.
+
+        The sum is the loss. Boxes are averaged over the batch's objects; earlier layers' terms end in _aux_0, _aux_1, ...
+        """
+        layers = [*outputs["aux_outputs"], outputs]
+        logits = torch.stack([layer["pred_logits"] for layer in layers]).float()
+        boxes = torch.stack([layer["pred_boxes"] for layer in layers]).float()
+        counts = torch.tensor([len(t["labels"]) for t in targets], device=logits.device)
+        suffixes = [f"_aux_{i}" for i in range(len(layers) - 1)] + [""]
+        losses = self.losses(logits, boxes, self.matcher(logits, boxes, targets), targets, counts, suffixes)
+        if "dense" in outputs:
+            logits, boxes = (outputs["dense"][key][None].float() for key in ("pred_logits", "pred_boxes"))
+            image, pixel, target = assign_dense(self.matcher.cost(logits, boxes, targets)[0], counts, self.dense_k)
+            indices = torch.zeros_like(image), image, pixel, target
+            losses |= self.losses(logits, boxes, indices, targets, counts, ["_dense"], copies=self.dense_k)
+        return losses
+
+    def losses(self, logits, boxes, indices, targets, counts, suffixes, copies=1):
+        """logits (L, B, Q, K or K+1), boxes (L, B, Q, 4), indices: layer, image, query, object (M,) -> the terms of every layer."""
+        layer, image, query, target = indices
+        total = max(1, copies * sum(len(t["labels"]) for t in targets))
+        target = counts.cumsum(0)[image] - counts[image] + target
+        labels = torch.cat([t["labels"] for t in targets])[target]
+        wanted = torch.cat([t["boxes"] for t in targets])[target].float()
+        predicted = boxes[layer, image, query]
+        iou, giou = pairwise_giou(to_xyxy(predicted), to_xyxy(wanted))
+        per_layer = lambda values: logits.new_zeros(len(suffixes)).index_add(0, layer, values)
+        if self.class_loss == "softmax":
+            classes = torch.full(logits.shape[:3], logits.shape[-1] - 1, device=logits.device)
+            classes[layer, image, query] = labels
+            class_term = softmax_loss(logits, classes, self.no_object_weight)
+        else:
+            quality = torch.zeros_like(logits)
+            quality[layer, image, query, labels] = iou.detach().clamp(min=1e-3) ** 1.5
+            class_term = quality_loss(logits, quality).sum((1, 2)) / total
+        terms = {
+            "class": class_term,
+            "bbox": per_layer((predicted - wanted).abs().sum(-1)) / total,
+            "giou": per_layer(1 - giou) / total,
+        }
+        return {f"loss_{name}{suffix}": self.weights[name] * term[i] for name, term in terms.items() for i, suffix in enumerate(suffixes)}
+
+
+def quality_loss(logits, targets, gamma=1.5):
+    """Matchability-aware loss (DEIM, arXiv 2412.04234). logits, targets (..., K): the target is IoU ** gamma for the class
+    of the matched object and 0 elsewhere, where easy negatives count little -> (...,), summed over K."""
     weight = torch.where(targets > 0, 1.0, logits.detach().sigmoid() ** gamma)
     return (F.binary_cross_entropy_with_logits(logits, targets, reduction="none") * weight).sum(-1)
 
 
-class SetCriterion(nn.Module):
-    """The loss of a detector's outputs: every decoder layer matched on its own, all of them computed together.
-
-    Returns {name: weighted scalar}; their sum is the loss. Divided by the number of objects in the batch.
-    """
-
-    def __init__(self, matcher, class_loss, weights, no_object_weight=0.1, dense=None):
-        super().__init__()
-        self.matcher, self.class_loss, self.weights, self.no_object_weight = matcher, class_loss, weights, no_object_weight
-        self.dense = dense
-
-    def forward(self, outputs, targets):
-        layers = [*outputs["aux_outputs"], outputs]
-        logits = torch.stack([layer["pred_logits"] for layer in layers])
-        boxes = torch.stack([layer["pred_boxes"] for layer in layers])
-        layer, image, query, target = self.matcher(logits, boxes, targets)
-        names = [f"_aux_{i}" for i in range(len(layers) - 1)] + [""]
-        losses = self.losses(logits, boxes, (layer, image, query, target), targets, names)
-        if self.dense is not None:
-            logits, boxes = outputs["dense"]["pred_logits"][None], outputs["dense"]["pred_boxes"][None]
-            indices = self.dense(self.matcher.cost(logits, boxes, targets)[0], targets)
-            indices = (torch.zeros_like(indices[0]), *indices)
-            losses |= self.losses(logits, boxes, indices, targets, ["_dense"], per=self.dense.k)
-        return losses
-
-    def losses(self, logits, boxes, indices, targets, names, per=1):
-        layer, image, query, target = indices
-        count = max(1, per * sum(len(t["labels"]) for t in targets))
-        first = torch.tensor([0, *(len(t["labels"]) for t in targets)]).cumsum(0)[:-1].to(image.device)
-        target = first[image] + target
-        labels = torch.cat([t["labels"] for t in targets])[target]
-        wanted = torch.cat([t["boxes"] for t in targets])[target]
-        predicted = boxes[layer, image, query]
-        iou, giou = pairwise_giou(to_xyxy(predicted), to_xyxy(wanted))
-        quality = torch.zeros_like(logits)
-        quality[layer, image, query, labels] = iou.detach().clamp(min=1e-3) ** 1.5
-        per_layer = quality_focal_loss(logits, quality).sum((1, 2))
-        zero = torch.zeros(len(names), device=logits.device)
-        terms = {
-            "class": self.weights["cls"] * per_layer / count,
-            "bbox": self.weights["bbox"] * zero.index_add(0, layer, F.l1_loss(predicted, wanted, reduction="none").sum(-1)) / count,
-            "giou": self.weights["giou"] * zero.index_add(0, layer, 1 - giou) / count,
-        }
-        return {f"loss_{term}{name}": values[i] for term, values in terms.items() for i, name in enumerate(names)}
-
-
-class DenseCriterion(nn.Module):
-    def __init__(self, k=4):
-        super().__init__()
-        self.k = k
-
-    @torch.no_grad()
-    def forward(self, cost, targets):
-        """cost (B, N, T) -> image, pixel, object"""
-        sizes = torch.tensor([len(t["labels"]) for t in targets], device=cost.device)
-        b, n, t = cost.shape
-        if t == 0: return tuple(torch.zeros(3, 0, dtype=torch.long, device=cost.device))
-        cost = cost.nan_to_num(1e6, 1e6, -1e6).masked_fill(torch.arange(t, device=cost.device) >= sizes[:, None, None], 1e9)
-        near = cost.topk(min(self.k, n), dim=1, largest=False).indices
-        chosen = torch.zeros_like(cost, dtype=torch.bool).scatter_(1, near, True) & (cost < 1e8)
-        best = cost.masked_fill(~chosen, 1e9).argmin(-1)
-        image, pixel = chosen.any(-1).nonzero(as_tuple=True)
-        return image, pixel, best[image, pixel]
+def softmax_loss(logits, classes, no_object_weight):
+    """logits (L, B, Q, K+1), classes (L, B, Q) with K for "no object" -> (L,), the weighted mean of each layer."""
+    weight = torch.where(classes == logits.shape[-1] - 1, no_object_weight, 1.0)
+    loss = F.cross_entropy(logits.flatten(0, 2), classes.flatten(), reduction="none").view_as(weight)
+    return (loss * weight).sum((1, 2)) / weight.sum((1, 2))
 
 
 class PostProcess(nn.Module):
-    def __init__(self, kind="sigmoid", limit=300):
+    """Outputs -> detections. class_loss "softmax": each query's best class; otherwise the `limit` best (query, class) pairs."""
+
+    def __init__(self, class_loss="quality", limit=300):
         super().__init__()
-        self.kind, self.limit = kind, limit
+        self.class_loss, self.limit = class_loss, limit
 
     @torch.no_grad()
     def forward(self, outputs, sizes):
+        """sizes (B, 2) height, width of the pictures -> B dicts: scores and labels (D,), boxes (D, 4) xyxy pixels, best first."""
         logits, boxes = outputs["pred_logits"].float(), outputs["pred_boxes"].float()
-        p = logits.sigmoid().flatten(1)
-        scores, index = p.topk(min(self.limit, p.shape[1]), dim=1)
-        k = logits.shape[-1]
-        boxes = to_xyxy(boxes.gather(1, (index // k)[..., None].expand(-1, -1, 4)))
-        sizes = sizes.to(boxes)
-        boxes = (boxes * sizes[:, None, [1, 0, 1, 0]]).clamp(min=0).minimum(sizes[:, None, [1, 0, 1, 0]])
-        return [{"scores": s, "labels": l, "boxes": b} for s, l, b in zip(scores, index % k, boxes)]
+        if self.class_loss == "softmax":
+            scores, labels = logits.softmax(-1)[..., :-1].max(-1)
+            scores, query = scores.sort(dim=1, descending=True)
+            labels = labels.gather(1, query)
+        else:
+            classes = logits.shape[-1]
+            scores, pair = logits.sigmoid().flatten(1).topk(min(self.limit, logits[0].numel()), dim=1)
+            query, labels = pair // classes, pair % classes
+        sizes = sizes.to(boxes)[:, None, [1, 0, 1, 0]]
+        boxes = to_xyxy(boxes.gather(1, query[..., None].expand(-1, -1, 4))) * sizes
+        boxes = boxes.clamp(min=0).minimum(sizes)
+        return [{"scores": s, "labels": l, "boxes": b} for s, l, b in zip(scores, labels, boxes)]

@@ -1,8 +1,8 @@
 """DETR: positions, attention, the published detector and the one this repository trains by default.
 
 `DETR` is the model of arXiv 2005.12872. `PlainDETR` keeps its shape (one map, global attention, no anchors by hand, no
-NMS) and adds what made its successors converge: queries selected from the memory, boxes refined by every layer, and
-cross-attention that knows where each pixel lies relative to the query's box.
+NMS) and adds what made its successors converge: queries selected from the memory, boxes that every layer refines and
+that position the next layer's queries, scores that learn the quality of their box.
 
 A detector is called as `model(images (B, 3, H, W), mask (B, H, W) True on padding)` and returns
 `pred_logits` (B, Q, K), `pred_boxes` (B, Q, 4) cxcywh in [0, 1] of the unpadded picture, and `aux_outputs`, the same of
@@ -16,7 +16,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from backbones import build_backbone
-from detr_loss import DenseCriterion, HungarianMatcher, PostProcess, SetCriterion
+from detr_loss import HungarianMatcher, PostProcess, SetCriterion
+
+
+ANCHOR_CELLS = 4  # side of the boxes that the dense predictions start from
 
 
 def build_model(config):
@@ -29,17 +32,40 @@ def inverse_sigmoid(x, eps=1e-4):
     return torch.log(x / (1 - x))
 
 
-def valid_extent(mask):
-    """mask (B, H, W) True on padding at the right and the bottom -> heights, widths (B,) of what is not padding."""
-    valid = ~mask
-    return valid.any(2).sum(1), valid.any(1).sum(1)
-
-
 def sine_embedding(positions, dim, temperature=10000):
-    """positions (..., ) in [0, 1] -> (..., dim): interleaved sines and cosines of 2 pi position, as in DETR."""
-    index = torch.arange(dim, device=positions.device) // 2
-    angles = positions[..., None] * (2 * math.pi) / temperature ** (2 * index / dim)
-    return torch.stack([angles[..., 0::2].sin(), angles[..., 1::2].cos()], dim=-1).flatten(-2)
+    """positions (...) in [0, 1] -> (..., dim): sines and cosines of 2 pi position in turn, as in DETR."""
+    index = torch.arange(0, dim, 2, device=positions.device)
+    angles = positions[..., None] * (2 * math.pi) / temperature ** (index / dim)
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)
+
+
+def grid_embedding(y, x, dim):
+    """y, x (B, H, W) in [0, 1] -> (B, H * W, dim): half for the row, half for the column."""
+    return torch.cat([sine_embedding(y, dim // 2), sine_embedding(x, dim // 2)], dim=-1).flatten(1, 2)
+
+
+def mask_coordinates(padding):
+    """padding (B, H, W) -> y, x (B, H, W): DETR's coordinates, counted from 1 over what is not padding, the last being 1."""
+    rows, columns = (~padding).cumsum(1).float(), (~padding).cumsum(2).float()
+    return rows / (rows[:, -1:] + 1e-6), columns / (columns[:, :, -1:] + 1e-6)
+
+
+def cell_coordinates(mask, size, stride):
+    """Centres of a map's cells and the side of one, in units of the unpadded picture.
+
+    mask (B, H, W) True on padding, which lies at the right and the bottom; size (h, w) of the map -> y (B, h), x (B, w),
+    over 1 on padding, and cell (B, 2), width and height.
+    """
+    cell = stride / torch.stack([(~mask).any(1).sum(1), (~mask).any(2).sum(1)], dim=1)
+    y, x = (torch.arange(n, device=mask.device) + 0.5 for n in size)
+    return y * cell[:, 1:], x * cell[:, :1], cell
+
+
+def padding_bias(padding):
+    """padding (B, N) -> what to add to attention scores, (B, 1, 1, N), or None where nothing is padded."""
+    if not padding.any():
+        return None
+    return torch.zeros(padding.shape, device=padding.device).masked_fill(padding, -torch.inf)[:, None, None]
 
 
 class Mlp(nn.Module):
@@ -57,7 +83,7 @@ class Mlp(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention; bias (broadcastable to (B, heads, Q, N)) is added to the scores."""
+    """Multi-head attention; bias, broadcast to (B, heads, Q, N), is added to the scores."""
 
     def __init__(self, dim, heads, dropout=0.0):
         super().__init__()
@@ -105,27 +131,20 @@ class Neck(nn.Module):
         return x + self.mix(x)
 
 
-class BoxPositionBias(nn.Module):
-    """What a pixel's place relative to a query's box adds to their attention score, per head (Plain-DETR's BoxRPE,
-    arXiv 2308.01904): one small network for the horizontal and one for the vertical offset, measured in box sizes."""
+class EncoderLayer(nn.Module):
+    """Self-attention among pixels, then feed-forward; each added, then normalised."""
 
-    def __init__(self, heads, hidden_dim=64):
+    def __init__(self, dim, heads, ffn_dim, dropout=0.0):
         super().__init__()
-        self.x_axis = Mlp(2, hidden_dim, heads, 2)
-        self.y_axis = Mlp(2, hidden_dim, heads, 2)
+        self.self_attn = Attention(dim, heads, dropout)
+        self.linear1, self.linear2 = nn.Linear(dim, ffn_dim), nn.Linear(ffn_dim, dim)
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
 
-    def forward(self, boxes, x, y):
-        """boxes (B, Q, 4) cxcywh, x (B, W) and y (B, H) pixel centres in the boxes' units -> (B, heads, Q, H * W)."""
-        cx, cy, w, h = boxes.float().clamp(min=1e-3).unbind(-1)
-        bias_x = self.x_axis(self.offsets(x, cx, w)).permute(0, 3, 1, 2)[:, :, :, None, :]
-        bias_y = self.y_axis(self.offsets(y, cy, h)).permute(0, 3, 1, 2)[:, :, :, :, None]
-        return (bias_x + bias_y).flatten(3)
-
-    @staticmethod
-    def offsets(pixels, centres, sizes):
-        """-> (B, Q, pixels, 2): the signed logarithm of the offset in box sizes, and the logarithm of the size."""
-        offset = 4 * (pixels[:, None, :] - centres[:, :, None]) / sizes[:, :, None]
-        return torch.stack([offset.sign() * offset.abs().log1p(), sizes.log()[:, :, None].expand_as(offset)], dim=-1)
+    def forward(self, x, pos, bias=None):
+        """x, pos (B, N, C), bias: see Attention -> (B, N, C)."""
+        x = self.norm1(x + self.dropout(self.self_attn(x + pos, x + pos, x, bias)))
+        return self.norm2(x + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x))))))
 
 
 class DecoderLayer(nn.Module):
@@ -147,85 +166,114 @@ class DecoderLayer(nn.Module):
         return self.norm3(x + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x))))))
 
 
+class DETR(nn.Module):
+    """DETR as published (arXiv 2005.12872): the backbone's coarsest map, 6 + 6 layers, learned queries, K classes and "no object"."""
+
+    def __init__(self, backbone, num_classes, num_queries=100, hidden_dim=256, num_heads=8, ffn_dim=2048,
+                 encoder_layers=6, decoder_layers=6, dropout=0.1):  # fmt: skip
+        super().__init__()
+        self.backbone = backbone
+        self.input_proj = nn.Conv2d(backbone.channels[-1], hidden_dim, 1)
+        self.encoder = nn.ModuleList(EncoderLayer(hidden_dim, num_heads, ffn_dim, dropout) for _ in range(encoder_layers))
+        self.decoder = nn.ModuleList(DecoderLayer(hidden_dim, num_heads, ffn_dim, dropout) for _ in range(decoder_layers))
+        self.norm = nn.LayerNorm(hidden_dim)
+        self.query_pos = nn.Parameter(torch.randn(num_queries, hidden_dim))
+        self.class_head = nn.Linear(hidden_dim, num_classes + 1)
+        self.box_head = Mlp(hidden_dim, hidden_dim, 4, 3)
+
+    def forward(self, images, mask, targets=None):
+        features = self.input_proj(self.backbone(images)[-1])
+        padding = F.interpolate(mask[:, None].float(), features.shape[-2:])[:, 0].bool()
+        memory_pos = grid_embedding(*mask_coordinates(padding), features.shape[1]).to(features.dtype)
+        memory = features.flatten(2).transpose(1, 2)
+        bias = padding_bias(padding.flatten(1))
+        for layer in self.encoder:
+            memory = layer(memory, memory_pos, bias)
+        query_pos = self.query_pos.expand(len(images), -1, -1)
+        queries = torch.zeros_like(query_pos)
+        outputs = []
+        for layer in self.decoder:
+            queries = layer(queries, query_pos, memory, memory_pos, bias)
+            x = self.norm(queries)
+            outputs.append({"pred_logits": self.class_head(x).float(), "pred_boxes": self.box_head(x).float().sigmoid()})
+        return {**outputs[-1], "aux_outputs": outputs[:-1]}
+
+
 class PlainDETR(nn.Module):
     """The default detector: backbone -> one map -> Q queries selected from it -> decoder layers that refine their boxes.
 
-    There is no transformer encoder: the backbone is one. In training the head that selects the queries is itself taught
-    on every pixel ("dense"), several pixels to an object, which is what lets it learn from a few hundred pictures.
+    There is no transformer encoder: the backbone is one. The head that selects the queries predicts at every pixel and is
+    taught as densely ("dense" in the outputs), which is what lets it learn from a few hundred pictures.
     """
 
     def __init__(self, backbone, num_classes, num_queries=300, hidden_dim=256, num_heads=8, ffn_dim=1024,
-                 decoder_layers=3, dropout=0.0, cross="rpe"):  # fmt: skip
+                 decoder_layers=3, dropout=0.0):  # fmt: skip
         super().__init__()
         self.num_queries = num_queries
-        self.cross = cross
         self.backbone = backbone
         self.neck = Neck(backbone.channels, backbone.strides, hidden_dim)
         self.memory_norm = nn.LayerNorm(hidden_dim)
         self.dense_class = nn.Linear(hidden_dim, num_classes)
         self.dense_box = Mlp(hidden_dim, hidden_dim, 4, 3)
         self.query_pos = Mlp(2 * hidden_dim, hidden_dim, hidden_dim, 2)
-        if cross == "rpe": self.position_bias = nn.ModuleList(BoxPositionBias(num_heads) for _ in range(decoder_layers))
         self.layers = nn.ModuleList(DecoderLayer(hidden_dim, num_heads, ffn_dim, dropout) for _ in range(decoder_layers))
         self.class_heads = nn.ModuleList(nn.Linear(hidden_dim, num_classes) for _ in range(decoder_layers))
         self.box_heads = nn.ModuleList(Mlp(hidden_dim, hidden_dim, 4, 3) for _ in range(decoder_layers))
         for head in [self.dense_class, *self.class_heads]:
             nn.init.constant_(head.bias, -math.log(99))  # every score starts at 0.01 (focal loss, arXiv 1708.02002)
-        for head in [self.dense_box, *self.box_heads]:
+        for head in [self.dense_box, *self.box_heads]:  # every box starts as its anchor or as the layer before left it
             nn.init.zeros_(head.layers[-1].weight)
             nn.init.zeros_(head.layers[-1].bias)
 
     def forward(self, images, mask, targets=None):
         features = self.neck(self.backbone(images))
-        h, w = features.shape[-2:]
-        memory = self.memory_norm(features.flatten(2).transpose(1, 2))
-        heights, widths = valid_extent(mask)
-        y = (torch.arange(h, device=mask.device) + 0.5) / h * mask.shape[1] / heights[:, None]
-        x = (torch.arange(w, device=mask.device) + 0.5) / w * mask.shape[2] / widths[:, None]
+        y, x, cell = cell_coordinates(mask, features.shape[-2:], self.neck.stride)
         padding = ((y > 1)[:, :, None] | (x > 1)[:, None, :]).flatten(1)
+        memory = self.memory_norm(features.flatten(2).transpose(1, 2))
+        memory_pos = grid_embedding(y[:, :, None].expand(-1, -1, x.shape[1]), x[:, None].expand(-1, y.shape[1], -1), memory.shape[-1])
+        memory_pos, bias = memory_pos.to(memory.dtype), padding_bias(padding)
 
-        dense = self.dense_predictions(memory, x, y, padding)
-        scores = dense["pred_logits"].detach().amax(-1).float()
-        top = scores.topk(min(self.num_queries, scores.shape[1]), dim=1).indices[..., None]
-        queries = memory.gather(1, top.expand(-1, -1, memory.shape[-1]))
-        boxes = dense["pred_boxes"].detach().gather(1, top.expand(-1, -1, 4))
-
-        dim = memory.shape[-1] // 2
-        grid_y = sine_embedding(y, dim)[:, :, None].expand(-1, h, w, -1)
-        grid_x = sine_embedding(x, dim)[:, None].expand(-1, h, w, -1)
-        memory_pos = torch.cat([grid_y, grid_x], dim=-1).flatten(1, 2).to(memory.dtype)
+        dense = self.dense_predictions(memory, y, x, cell, padding)
+        best = dense["pred_logits"].detach().amax(-1).topk(min(self.num_queries, memory.shape[1]), dim=1).indices[..., None]
+        queries = memory.gather(1, best.expand(-1, -1, memory.shape[-1]))
+        boxes = dense["pred_boxes"].gather(1, best.expand(-1, -1, 4))
         outputs = []
-        for i, layer in enumerate(self.layers):
-            boxes = boxes.detach()
-            query_pos = self.query_pos(sine_embedding(boxes[..., [1, 0, 3, 2]], dim).flatten(2))
-            bias = torch.zeros(1, device=boxes.device)
-            if self.cross == "rpe":
-                bias = self.position_bias[i](boxes, x, y)
-            bias = bias.masked_fill(padding[:, None, None], -torch.inf) if padding.any() else (bias if self.cross == "rpe" else None)
+        for layer, class_head, box_head in zip(self.layers, self.class_heads, self.box_heads):
+            boxes = boxes.detach()  # each layer answers for its own refinement only
+            query_pos = self.query_pos(sine_embedding(boxes[..., [1, 0, 3, 2]], memory.shape[-1] // 2).flatten(2))
             queries = layer(queries, query_pos, memory, memory_pos, bias)
-            boxes = (self.box_heads[i](queries).float() + inverse_sigmoid(boxes)).sigmoid()
-            outputs.append({"pred_logits": self.class_heads[i](queries).float(), "pred_boxes": boxes})
+            boxes = (box_head(queries).float() + inverse_sigmoid(boxes)).sigmoid()
+            outputs.append({"pred_logits": class_head(queries).float(), "pred_boxes": boxes})
         return {**outputs[-1], "aux_outputs": outputs[:-1], "dense": dense}
 
-    def dense_predictions(self, memory, x, y, padding):
-        """Class logits and a box from every pixel of the memory (B, N, C); pixels of the padding score nothing."""
+    def dense_predictions(self, memory, y, x, cell, padding):
+        """Class logits (B, N, K) and a box (B, N, 4) from every pixel of the memory (B, N, C); the padding scores nothing.
+
+        Boxes start as anchors of a fixed number of cells, not of a share of the picture: how large an object is can be seen
+        where it is, how large the picture is can not.
+        """
         logits = self.dense_class(memory).float().masked_fill(padding[..., None], -1e4)
-        b, h, w = len(y), y.shape[1], x.shape[1]
-        centre = torch.stack([x[:, None].expand(b, h, w), y[:, :, None].expand(b, h, w)], dim=-1).flatten(1, 2)
-        anchors = torch.cat([centre, torch.full_like(centre, 0.1)], dim=-1)
+        centre = torch.stack([x[:, None].expand(-1, y.shape[1], -1), y[:, :, None].expand(-1, -1, x.shape[1])], dim=-1).flatten(1, 2)
+        anchors = torch.cat([centre, (ANCHOR_CELLS * cell)[:, None].expand_as(centre)], dim=-1)
         boxes = (self.dense_box(memory).float() + inverse_sigmoid(anchors)).sigmoid()
         return {"pred_logits": logits, "pred_boxes": boxes}
 
 
+def build_detr(config):
+    backbone = build_backbone(config["backbone"], config["backbone_weights"])
+    sizes = (config[key] for key in ("num_classes", "num_queries", "hidden_dim", "num_heads", "ffn_dim"))
+    layers = config["decoder_layers"]
+    model = DETR(backbone, *sizes, encoder_layers=layers, decoder_layers=layers, dropout=config["dropout"])
+    matcher = HungarianMatcher(class_cost=1, bbox_cost=5, giou_cost=2, class_loss="softmax")
+    return model, SetCriterion(matcher, class_loss="softmax", no_object_weight=0.1), PostProcess("softmax")
+
+
 def build_plain_detr(config):
     backbone = build_backbone(config["backbone"], config["backbone_weights"])
-    model = PlainDETR(
-        backbone, config["num_classes"], config["num_queries"], config["hidden_dim"], config["num_heads"],
-        config["ffn_dim"], config["decoder_layers"], config["dropout"], config.get("cross", "rpe"),
-    )  # fmt: skip
+    sizes = (config[key] for key in ("num_classes", "num_queries", "hidden_dim", "num_heads", "ffn_dim"))
+    model = PlainDETR(backbone, *sizes, decoder_layers=config["decoder_layers"], dropout=config["dropout"])
     matcher = HungarianMatcher(class_cost=2, bbox_cost=5, giou_cost=2)
-    criterion = SetCriterion(matcher, class_loss=config.get("class_loss", "mal"), weights=dict(cls=1, bbox=5, giou=2), dense=DenseCriterion(config.get("dense_k", 4)))
-    return model, criterion, PostProcess("sigmoid")
+    return model, SetCriterion(matcher, class_loss="quality"), PostProcess("quality")
 
 
-DETECTORS = {"detr": build_plain_detr}
+DETECTORS = {"detr": build_plain_detr, "detr-2020": build_detr}

@@ -1,37 +1,104 @@
-"""COCO's figures for a detector, by pycocotools."""
-import contextlib, io
+"""COCO's figures (pycocotools) for a detector; as a script, for a checkpoint on a data set.
+
+    python evaluate.py runs/demo/best.pth                  on the data that it was trained with
+    python evaluate.py runs/mine/best.pth --data DIR
+"""
+
+import argparse
+import contextlib
+import io
+
 import numpy as np
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-NAMES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_1", "AR_10", "AR_100", "AR_small", "AR_medium", "AR_large")
+from torch.utils.data import DataLoader
+
+from checkpoint import load_detector
+from datasets import DetectionDataset, collate, load_splits
+from errors import UserError, run
+from transforms import eval_transforms
+
+NAMES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_1", "AR_10", "AR_100", "AR_small", "AR_medium", "AR_large")  # fmt: skip
+
+
+@torch.no_grad()
+def evaluate(model, postprocess, loader, split, device):
+    """-> ({figure: value}, {index: detections on the CPU}); -1 where there is nothing to measure, as in pycocotools."""
+    model.eval()
+    found = {}
+    for images, mask, targets in loader:
+        outputs = model(images.to(device, memory_format=torch.channels_last), mask.to(device))
+        sizes = torch.stack([t["orig_size"] for t in targets]).to(device)
+        for target, detections in zip(targets, postprocess(outputs, sizes)):
+            found[target["image_id"]] = {key: value.cpu() for key, value in detections.items()}
+    return coco_figures(split, found), found
+
+
+def coco_figures(split, found):
+    """COCO's twelve figures, and AP by class under "class/NAME". found: {index of the record: detections, xyxy pixels}."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = ground_truth(split)
+        rows = [
+            {"image_id": index, "category_id": int(label), "bbox": [x1, y1, x2 - x1, y2 - y1], "score": float(score)}
+            for index, d in found.items()
+            for (x1, y1, x2, y2), label, score in zip(d["boxes"].tolist(), d["labels"], d["scores"])
+        ]
+        if not rows or not truth.dataset["annotations"]:
+            return dict.fromkeys(NAMES, -1.0 if rows else 0.0)
+        evaluation = COCOeval(truth, truth.loadRes(rows), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    figures = dict(zip(NAMES, evaluation.stats.tolist()))
+    for i, name in enumerate(split.classes):
+        precision = evaluation.eval["precision"][:, :, i, 0, -1]
+        figures[f"class/{name}"] = float(precision[precision > -1].mean()) if (precision > -1).any() else -1.0
+    return figures
+
 
 def ground_truth(split):
-    """Split -> pycocotools COCO, picture ids 0.. in the order of the records, category ids 1.. in that of the classes."""
-    annotations = [
-        {"id": 0, "image_id": i, "category_id": int(label), "bbox": [*box[:2], *(box[2:] - box[:2])], "area": float(area), "iscrowd": int(ignored)}
-        for i, record in enumerate(split.records)
-        for box, label, area, ignored in zip(record.boxes, record.labels, record.areas, record.ignored)
-    ]  # fmt: skip
-    for i, annotation in enumerate(annotations):
-        annotation["id"] = i + 1
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco = COCO()
-        coco.dataset = {
-            "info": {}, "images": [{"id": i, "width": r.width, "height": r.height} for i, r in enumerate(split.records)],
-            "annotations": annotations, "categories": [{"id": i, "name": n} for i, n in enumerate(split.classes)],
-        }  # fmt: skip
-        coco.createIndex()
+    """Split -> pycocotools.COCO: picture ids are indices of the records, category ids those of the classes."""
+    annotations = []
+    for index, record in enumerate(split.records):
+        for box, label, area, ignored in zip(record.boxes, record.labels, record.areas, record.ignored):
+            x1, y1, x2, y2 = box.tolist()
+            annotations.append({
+                "id": len(annotations) + 1, "image_id": index, "category_id": int(label), "area": float(area),
+                "bbox": [x1, y1, x2 - x1, y2 - y1], "iscrowd": int(ignored),
+            })  # fmt: skip
+    coco = COCO()
+    coco.dataset = {
+        "info": {},
+        "images": [{"id": i, "width": r.width, "height": r.height} for i, r in enumerate(split.records)],
+        "annotations": annotations,
+        "categories": [{"id": i, "name": name} for i, name in enumerate(split.classes)],
+    }
+    coco.createIndex()
     return coco
 
-def coco_figures(split, detections):
-    truth = ground_truth(split)
-    rows = [
-        {"image_id": i, "category_id": int(l), "bbox": [x1, y1, x2 - x1, y2 - y1], "score": float(s)}
-        for i, d in detections.items()
-        for (x1, y1, x2, y2), l, s in zip(d["boxes"].tolist(), d["labels"], d["scores"])
-    ]
-    with contextlib.redirect_stdout(io.StringIO()):
-        e = COCOeval(truth, truth.loadRes(rows), "bbox")
-        e.evaluate(); e.accumulate(); e.summarize()
-    return dict(zip(NAMES, e.stats.tolist()))
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="best.pth or last.pth of a run")
+    parser.add_argument("--data", metavar="DIR", help="a COCO or Pascal VOC data set (default: that of the run)")
+    parser.add_argument("--val-split", metavar="NAME", help="its part to evaluate on")
+    parser.add_argument("--image-size", type=int, metavar="S", help="shortest side (default: that of the run)")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="B")
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, postprocess, content = load_detector(arguments.checkpoint, device)
+    config = content["config"]
+    _, split = load_splits(arguments.data or config["data"], config["train_split"], arguments.val_split or config["val_split"])
+    if split.classes != content["classes"]:
+        raise UserError(f"the data's classes {split.classes[:5]} are not the checkpoint's {content['classes'][:5]}")
+    data = DetectionDataset(split, eval_transforms(arguments.image_size or config["image_size"]))
+    divisor = model.backbone.size_divisor
+    loader = DataLoader(data, batch_size=arguments.batch_size, collate_fn=lambda b: collate(b, divisor))
+    figures, _ = evaluate(model, postprocess, loader, split, device)
+    for name, value in figures.items():
+        print(f"{name:24s} {value:.3f}" if value >= 0 else f"{name:24s} -")
+
+
+if __name__ == "__main__":
+    run(main)

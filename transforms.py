@@ -15,20 +15,38 @@ SHORT_SIDE, LONG_SIDE = 800, 1333  # what a size setting of 800 means; others sc
 
 
 class RandomSizeCrop(v2.Transform):
-    """Crops a window whose height and width are drawn from [smallest, largest], each at most the picture's own."""
+    """Crops a window whose height and width are drawn from [smallest, largest] pixels, each at most the picture's own."""
 
     def __init__(self, smallest, largest):
         super().__init__()
         self.smallest, self.largest = smallest, largest
 
+    def window(self, h, w):
+        return tuple(draw_integer(min(self.smallest, n), min(self.largest, n)) for n in (h, w))
+
     def make_params(self, flat_inputs):
         h, w = v2.query_size(flat_inputs)
-        draw = lambda low, high: int(torch.randint(low, high + 1, ()))
-        height, width = (draw(min(self.smallest, n), min(self.largest, n)) for n in (h, w))
-        return dict(top=draw(0, h - height), left=draw(0, w - width), height=height, width=width)
+        height, width = self.window(h, w)
+        return dict(top=draw_integer(0, h - height), left=draw_integer(0, w - width), height=height, width=width)
 
     def transform(self, inpt, params):
         return self._call_kernel(TF.crop, inpt, **params)
+
+
+class RandomZoom(RandomSizeCrop):
+    """Crops a window of the picture's own proportions, a share in [smallest, 1] of its sides."""
+
+    def __init__(self, smallest):
+        super().__init__(smallest, 1.0)
+
+    def window(self, h, w):
+        share = self.smallest + (1 - self.smallest) * float(torch.rand(()))
+        return max(1, round(share * h)), max(1, round(share * w))
+
+
+def draw_integer(low, high):
+    """Uniform in low..high, both included."""
+    return int(torch.randint(low, high + 1, ()))
 
 
 class ToDetector(v2.Transform):
@@ -46,24 +64,32 @@ class ToDetector(v2.Transform):
         return image.as_subclass(torch.Tensor), {**target, "boxes": boxes, "size": torch.tensor([h, w])}
 
 
-def train_transforms(size=SHORT_SIDE, mode="meta"):
-    scale = lambda n: max(32, round(n * size / SHORT_SIDE))
-    sides = [scale(n) for n in range(480, 801, 32)]
-    longest = scale(LONG_SIDE)
-    resize = v2.RandomShortestSize(sides, longest, antialias=True)
-    crop = v2.Compose([
-        v2.RandomShortestSize([scale(n) for n in (400, 500, 600)], antialias=True),
-        RandomSizeCrop(scale(384), scale(600)),
-        resize,
-    ])  # fmt: skip
-    if mode == "meta":
-        return v2.Compose([v2.RandomHorizontalFlip(), v2.RandomChoice([resize, crop]), ToDetector()])
-    if mode == "fix":
-        resize = v2.RandomShortestSize([size], longest, antialias=True)
-        crop = v2.Compose([v2.RandomShortestSize([scale(n) for n in (400, 500, 600)], antialias=True), RandomSizeCrop(scale(384), scale(600)), resize])
-        return v2.Compose([v2.RandomHorizontalFlip(), v2.RandomChoice([resize, crop]), ToDetector()])
-    raise ValueError(mode)
+def train_transforms(size=SHORT_SIDE, kind="zoom", color_jitter=0.0, rotate=0.0):
+    """-> function (image, target, draw in [0, 1)) -> (image, target). Lengths are in proportion to `size`, which stands for 800.
+
+    "meta" is DETR's own: a flip; then the shortest side drawn from 480..800, or first a window of any proportions cut out.
+    "zoom" is the default: a flip; in half of the cases a window of the picture's own proportions; then the shortest side
+    that `draw` picks from 480..800. `draw` is the same for a whole batch, so that hardly any padding is computed.
+    """
+    scaled = lambda n: max(16, round(n * size / SHORT_SIDE))
+    sides, longest = [scaled(n) for n in range(480, 801, 32)], scaled(LONG_SIDE)
+    before = [v2.RandomRotation(rotate)] if rotate else []
+    before.append(v2.RandomHorizontalFlip())
+    after = [ToDetector()]
+    if color_jitter:
+        after.insert(0, v2.ColorJitter(color_jitter, color_jitter, color_jitter, min(color_jitter / 4, 0.5)))
+    if kind == "meta":
+        resize = v2.RandomShortestSize(sides, longest, antialias=True)
+        zoom = v2.RandomShortestSize([scaled(n) for n in (400, 500, 600)], antialias=True)
+        window = v2.Compose([zoom, RandomSizeCrop(scaled(384), scaled(600)), resize])
+        pipeline = v2.Compose([*before, v2.RandomChoice([resize, window]), *after])
+        return lambda image, target, draw: pipeline(image, target)
+    before.append(v2.RandomApply([RandomZoom(0.5)], p=0.5))
+    pipelines = [v2.Compose([*before, v2.RandomShortestSize([side], longest, antialias=True), *after]) for side in sides]
+    return lambda image, target, draw: pipelines[int(draw * len(pipelines))](image, target)
 
 
 def eval_transforms(size=SHORT_SIDE):
-    return v2.Compose([v2.RandomShortestSize([size], round(size * LONG_SIDE / SHORT_SIDE), antialias=True), ToDetector()])
+    """The shortest side `size`, the longest 1333/800 of it at most."""
+    pipeline = v2.Compose([v2.RandomShortestSize([size], round(size * LONG_SIDE / SHORT_SIDE), antialias=True), ToDetector()])
+    return lambda image, target, draw: pipeline(image, target)

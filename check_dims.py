@@ -1,0 +1,85 @@
+"""What every backbone is, and whether it is so.
+
+    python check_dims.py                          the table; each is built without allocating its weights
+    python check_dims.py --size 640               the maps that a 640x640 picture gives
+    python check_dims.py --run dinov3-vits16      builds it for real, runs a picture through, compares
+
+Exit status 1 where anything disagrees.
+"""
+
+import argparse
+import sys
+
+import torch
+
+from backbones import BACKBONES, build_backbone, find_spec
+from errors import UserError, run
+
+
+def expected_maps(spec, size):
+    """-> strides, [(height, width)] of the maps of a square picture, padded to the coarsest grid."""
+    divisor = max(spec.strides)
+    padded = -(-size // divisor) * divisor
+    return [padded // stride for stride in spec.strides]
+
+
+def disagreements(name, spec, backbone):
+    """What of the table is not true of the module, found by looking at the module itself."""
+    shapes = {key: tuple(p.shape) for key, p in backbone.named_parameters()}
+    blocks = {int(part) for key in shapes for part in [_number_after(key, ("blocks", "layer"))] if part is not None}
+    wrong = []
+    if spec.family != "convnext":
+        if len(blocks) != spec.depth:
+            wrong.append(f"{len(blocks)} blocks, not {spec.depth}")
+        if not any(shape in ((spec.width, 3, spec.patch, spec.patch), (spec.width, spec.width // 2, 3, 3)) for shape in shapes.values()):
+            wrong.append(f"no patch embedding of width {spec.width} and patch {spec.patch}")
+        registers = [shape[1] for key, shape in shapes.items() if "register" in key] or [0]
+        if registers[0] != spec.registers:
+            wrong.append(f"{registers[0]} registers, not {spec.registers}")
+        if not any(spec.ffn in shape and ("mlp" in key) for key, shape in shapes.items()) and not any(2 * spec.ffn in shape for shape in shapes.values()):
+            wrong.append(f"no MLP of width {spec.ffn}")
+    if len(backbone.channels) != len(backbone.strides) or tuple(backbone.strides) != spec.strides:
+        wrong.append(f"strides {backbone.strides}, channels {backbone.channels}, not {spec.strides}")
+    return wrong
+
+
+def _number_after(key, words):
+    parts = key.split(".")
+    return next((b for a, b in zip(parts, parts[1:]) if a in words and b.isdigit()), None)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, default=224, metavar="S", help="side of the picture (default 224)")
+    parser.add_argument("--run", metavar="NAME", help="build this one for real, with random weights, and run it")
+    arguments = parser.parse_args()
+    if arguments.size < 1:
+        raise UserError(f"--size has to be more than 0, not {arguments.size}")
+    names = [arguments.run] if arguments.run else list(BACKBONES)
+    wrong = []
+    print(f"{'backbone':22s} {'width':>20s} {'depth':>12s} {'heads':>5s} {'ffn':>6s} {'patch':>5s} {'reg.':>4s} {'params (M)':>10s}  maps at {arguments.size}x{arguments.size}: channels @ height x width (stride)")
+    for name in names:
+        spec = find_spec(name)
+        with torch.device("cpu" if arguments.run else "meta"):
+            backbone = build_backbone(name).eval()
+        found = disagreements(name, spec, backbone)
+        sides = expected_maps(spec, arguments.size)
+        with torch.no_grad(), torch.device("cpu" if arguments.run else "meta"):
+            maps = backbone(torch.zeros(1, 3, arguments.size, arguments.size))
+        for feature, channels, side, stride in zip(maps, backbone.channels, sides, spec.strides):
+            if tuple(feature.shape) != (1, channels, side, side):
+                found.append(f"the map at stride {stride} is {tuple(feature.shape)}, not {(1, channels, side, side)}")
+        text = lambda v: "/".join(map(str, v)) if isinstance(v, tuple) else str(v)
+        millions = sum(p.numel() for p in backbone.parameters()) / 1e6
+        shapes = "  ".join(f"{m.shape[1]} @ {m.shape[2]}x{m.shape[3]} ({s})" for m, s in zip(maps, spec.strides))
+        print(f"{name:22s} {text(spec.width):>20s} {text(spec.depth):>12s} {spec.heads or '-':>5} {spec.ffn:>6d} {spec.patch:>5d} {spec.registers:>4d} {millions:>10.1f}  {shapes}")
+        wrong += [f"{name}: {what}" for what in found]
+    for line in wrong:
+        print(f"disagrees: {line}", file=sys.stderr)
+    if arguments.run and not wrong:
+        print(f"{arguments.run}: built, run and as the table says")
+    sys.exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    run(main)

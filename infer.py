@@ -1,0 +1,120 @@
+"""Detects objects in pictures with a checkpoint of train.py.
+
+    python infer.py picture.jpg                          with the newest run in runs/
+    python infer.py folder/ 'more/*.png' --checkpoint runs/mine/best.pth --threshold 0.3
+
+Writes the pictures with their boxes and detections.json (COCO's results form) into --out.
+"""
+
+import argparse
+import glob
+import json
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as TF
+
+from checkpoint import load_detector
+from datasets import IMAGE_SUFFIXES, collate, read_image
+from errors import UserError, run
+from plots import draw_boxes
+from transforms import eval_transforms
+
+
+def find_pictures(arguments):
+    """Files, folders and patterns -> paths, each once, in order."""
+    paths = []
+    for argument in arguments:
+        path = Path(argument)
+        if path.is_dir():
+            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+            if not inside:
+                raise UserError(f"{path}: no pictures in this folder ({', '.join(sorted(IMAGE_SUFFIXES))})")
+            paths += inside
+        elif path.is_file():
+            paths.append(path)
+        else:
+            matches = sorted(Path(p) for p in glob.glob(argument, recursive=True))
+            if not matches:
+                raise UserError(f"{argument}: no such picture, folder or pattern")
+            paths += [p for p in matches if p.is_file()]
+    return list(dict.fromkeys(paths))
+
+
+def newest_checkpoint():
+    """best.pth of the run in runs/ that was written last."""
+    found = sorted(Path("runs").glob("*/best.pth"), key=lambda p: p.stat().st_mtime)
+    if not found:
+        raise UserError("no run in runs/ has a best.pth; train first (python train.py), or give --checkpoint FILE")
+    return found[-1]
+
+
+@torch.no_grad()
+def detect(model, postprocess, transform, image):
+    """A PIL image -> {"scores" (D,), "labels" (D,), "boxes" (D, 4) xyxy pixels} on the CPU, best first."""
+    device = next(model.parameters()).device
+    pixels = tv_tensors.Image(TF.pil_to_tensor(image))
+    boxes = tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=(image.height, image.width))
+    none = torch.zeros(0, dtype=torch.long)
+    sample = transform(pixels, {"boxes": boxes, "labels": none, "area": none, "iscrowd": none}, 0.0)
+    images, mask, _ = collate([sample], model.backbone.size_divisor)
+    outputs = model(images.to(device, memory_format=torch.channels_last), mask.to(device))
+    detections = postprocess(outputs, torch.tensor([[image.height, image.width]], device=device))[0]
+    return {key: value.cpu() for key, value in detections.items()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pictures", nargs="+", metavar="PATH", help="pictures, folders or patterns")
+    parser.add_argument("--checkpoint", metavar="FILE", help="default: the newest runs/*/best.pth")
+    parser.add_argument("--threshold", type=float, default=0.4, metavar="T", help="lowest score that is shown (default 0.4)")
+    parser.add_argument("--image-size", type=int, metavar="S", help="shortest side (default: that of the training)")
+    parser.add_argument("--out", default="detections", metavar="DIR", help="default: detections")
+    arguments = parser.parse_args()
+
+    paths = find_pictures(arguments.pictures)
+    checkpoint = Path(arguments.checkpoint) if arguments.checkpoint else newest_checkpoint()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, postprocess, content = load_detector(checkpoint, device)
+    classes, category_ids = content["classes"], content["category_ids"]
+    transform = eval_transforms(arguments.image_size or content["config"]["image_size"])
+    out = Path(arguments.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out}: can't be made ({error.strerror}); choose another --out") from None
+    print(f"{checkpoint}: {len(classes)} classes; {len(paths)} pictures; {device.type}")
+
+    results, failed, seconds, names = [], [], 0.0, Counter()
+    for path in paths:
+        try:
+            image = read_image(path)
+        except Exception as error:  # PIL raises many kinds on broken files
+            failed.append(f"{path}: {error}")
+            continue
+        started = time.time()
+        found = detect(model, postprocess, transform, image)
+        seconds += time.time() - started
+        found = {key: value[found["scores"] >= arguments.threshold] for key, value in found.items()}
+        counts = Counter(classes[label] for label in found["labels"])
+        print(f"  {path.name:30s} {', '.join(f'{n} {name}' for name, n in counts.most_common()) or 'nothing'}")
+        for score, label, (x1, y1, x2, y2) in zip(found["scores"].tolist(), found["labels"].tolist(), found["boxes"].tolist()):
+            results.append({
+                "image_id": path.stem, "file_name": str(path), "category_id": category_ids[label], "category": classes[label],
+                "bbox": [round(v, 2) for v in (x1, y1, x2 - x1, y2 - y1)], "score": round(score, 4),
+            })  # fmt: skip
+        names[path.stem] += 1
+        name = path.stem if names[path.stem] == 1 else f"{path.stem}-{names[path.stem]}"
+        draw_boxes(image, found["boxes"], found["labels"], classes, found["scores"]).save(out / f"{name}.jpg", quality=92)
+    (out / "detections.json").write_text(json.dumps(results, indent=1))
+    done = len(paths) - len(failed)
+    print(f"{len(results)} detections in {done} pictures, {done / max(seconds, 1e-9):.1f} pictures/s; written to {out}/")
+    if failed:
+        raise UserError(f"{len(failed)} of {len(paths)} pictures can't be read: {'; '.join(failed[:10])}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,113 @@
+"""Pictures of a run: boxes on images, grids of them, curves."""
+
+import json
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torchvision.transforms.v2 import functional as TF
+
+from transforms import MEAN, STD
+
+PALETTE = [
+    "#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#46f0f0", "#f032e6", "#bcf60c", "#fabebe", "#008080",
+    "#e6beff", "#9a6324", "#fffac8", "#800000", "#aaffc3", "#808000", "#ffd8b1", "#000075", "#ffe119", "#808080",
+]  # fmt: skip
+
+
+def draw_boxes(image, boxes, labels, names, scores=None, smallest_side=480):
+    """A copy of a PIL image with boxes (T, 4) xyxy pixels, named; small pictures are enlarged so that names can be read."""
+    factor = max(1.0, smallest_side / min(image.size))
+    image = image.convert("RGB").resize((round(image.width * factor), round(image.height * factor)))
+    draw = ImageDraw.Draw(image)
+    line = max(2, round(min(image.size) / 240))
+    font = ImageFont.load_default(max(12, round(min(image.size) / 36)))
+    order = range(len(boxes)) if scores is None else sorted(range(len(boxes)), key=lambda i: float(scores[i]))
+    captions = []
+    for i in order:
+        x1, y1, x2, y2 = (float(v) * factor for v in boxes[i])
+        colour = PALETTE[int(labels[i]) % len(PALETTE)]
+        draw.rectangle((x1, y1, x2, y2), outline=colour, width=line)
+        text = names[int(labels[i])] + ("" if scores is None else f" {float(scores[i]):.2f}")
+        captions.append((x1, y1, text, colour))
+    for x, y, text, colour in captions:  # after all boxes, so that no line crosses a name
+        left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
+        width, height = right - left + 2 * line, bottom - top + 2 * line
+        x = min(max(x, 0), image.width - width)
+        y = y - height if y >= height else y
+        draw.rectangle((x, y, x + width, y + height), fill=colour)
+        dark = sum(c * w for c, w in zip(Image.new("RGB", (1, 1), colour).getpixel((0, 0)), (0.3, 0.59, 0.11))) < 140
+        draw.text((x + line - left, y + line - top), text, fill="white" if dark else "black", font=font)
+    return image
+
+
+def tile(pictures, columns, gap=6):
+    """PIL images -> one image, in rows, each scaled to the width of its column."""
+    width = max(p.width for p in pictures)
+    pictures = [p.resize((width, round(p.height * width / p.width))) for p in pictures]
+    rows = [pictures[i : i + columns] for i in range(0, len(pictures), columns)]
+    heights = [max(p.height for p in row) for row in rows]
+    sheet = Image.new("RGB", (min(columns, len(pictures)) * (width + gap) - gap, sum(heights) + gap * (len(rows) - 1)), "white")
+    y = 0
+    for row, height in zip(rows, heights):
+        for column, picture in enumerate(row):
+            sheet.paste(picture, (column * (width + gap), y))
+        y += height + gap
+    return sheet
+
+
+def heading(picture, text):
+    """The picture with a line of text above it."""
+    font = ImageFont.load_default(22)
+    out = Image.new("RGB", (picture.width, picture.height + 34), "white")
+    out.paste(picture, (0, 34))
+    ImageDraw.Draw(out).text((8, 4), text, fill="black", font=font)
+    return out
+
+
+def draw_batch(images, mask, targets, names, limit=9):
+    """What the network is shown: (B, 3, H, W) normalised, mask (B, H, W), targets -> PIL image with the boxes drawn."""
+    pictures = []
+    for image, padding, target in list(zip(images, mask, targets))[:limit]:
+        pixels = image.float().cpu() * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
+        pixels = pixels.clamp(0, 1).masked_fill(padding.cpu(), 0.5)
+        h, w = target["size"].tolist()
+        cx, cy, bw, bh = (target["boxes"].cpu() * torch.tensor([w, h, w, h])).unbind(-1)
+        boxes = torch.stack([cx - bw / 2, cy - bh / 2, cx + bw / 2, cy + bh / 2], dim=-1)
+        pictures.append(draw_boxes(TF.to_pil_image(pixels), boxes, target["labels"], names))
+    return tile(pictures, 3)
+
+
+def draw_samples(samples, names):
+    """[(PIL image, truth, detections)] -> truth and detections side by side, a row each."""
+    pairs = []
+    for image, truth, found in samples:
+        pairs.append(heading(draw_boxes(image, truth["boxes"], truth["labels"], names), "truth"))
+        pairs.append(heading(draw_boxes(image, found["boxes"], found["labels"], names, found["scores"]), "detected"))
+    return tile(pairs, 4 if len(pairs) > 2 else 2)
+
+
+def draw_curves(log_path, out):
+    """log.jsonl -> a picture of the losses and of AP over the epochs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [json.loads(line) for line in Path(log_path).read_text().splitlines()]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    epochs = [row["epoch"] for row in rows]
+    final = sorted(key for key in rows[-1]["losses"] if "aux" not in key)
+    left.plot(epochs, [sum(row["losses"].values()) for row in rows], "k", label="total")
+    for key in final:
+        left.plot(epochs, [row["losses"].get(key) for row in rows], label=key.removeprefix("loss_"))
+    left.set(xlabel="epoch", ylabel="loss", yscale="log", title="training losses")
+    left.legend(fontsize=8)
+    measured = [row for row in rows if "AP" in row]
+    for key in ("AP", "AP50", "AP75"):
+        right.plot([row["epoch"] for row in measured], [row[key] for row in measured], ".-", label=key)
+    right.set(xlabel="epoch", ylim=(0, 1), title="validation")
+    right.legend()
+    right.grid(alpha=0.3)
+    figure.savefig(out, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,83 @@
+import json
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def reference_weight(key, shape):
+    """A weight drawn from a generator seeded by its key, as the reference implementations of tests/parity were filled."""
+    values = np.random.Generator(np.random.PCG64(zlib.crc32(key.encode()))).standard_normal(tuple(shape)).astype(np.float32)
+    if key.endswith("running_var"):
+        values = 0.5 + np.abs(values)
+    elif key.endswith("running_mean"):
+        values = 0.1 * values
+    elif len(shape) == 1:
+        values = 1 + 0.1 * values if key.endswith("weight") else 0.1 * values
+    else:
+        values = values / np.sqrt(int(np.prod(shape[1:])))
+    return torch.from_numpy(np.asarray(values, dtype=np.float32))
+
+
+def reference_state(name):
+    """The state dict of tests/parity/keys_NAME.json: what the released file of that name looks like."""
+    state = {}
+    for key, shape in json.loads((ROOT / "tests" / "parity" / f"keys_{name}.json").read_text()).items():
+        if key.endswith("num_batches_tracked"):
+            state[key] = torch.zeros((), dtype=torch.long)
+        elif key.endswith("bias_mask"):  # DINOv3 masks the key bias
+            state[key] = torch.tensor([1.0, 0.0, 1.0]).repeat_interleave(shape[0] // 3)
+        elif key.endswith("periods"):
+            state[key] = 100 ** (torch.arange(shape[0]) / shape[0])
+        else:
+            state[key] = reference_weight(key, shape)
+    return state
+
+
+def write_coco(root, splits, category_ids=(1, 2), size=(64, 48), annotations_folder=True):
+    """A COCO data set of rectangles on grey: splits {name: pictures}. Two boxes a picture, one of each of the first categories."""
+    categories = [{"id": c, "name": f"kind {c}"} for c in category_ids]
+    for number, (name, count) in enumerate(splits.items()):
+        rng = np.random.default_rng(number)
+        (root / name).mkdir(parents=True)
+        images, annotations = [], []
+        for i in range(count):
+            picture = np.full((size[1], size[0], 3), 128, dtype=np.uint8) + rng.integers(0, 20, (size[1], size[0], 3), dtype=np.uint8)
+            for k in range(2):
+                w, h = rng.integers(10, 22, 2)
+                x = int(rng.integers(0, size[0] // 2 - w + 1) + k * size[0] // 2)
+                y = int(rng.integers(0, size[1] - h + 1))
+                picture[y : y + h, x : x + w] = (250, 30, 30) if k == 0 else (30, 30, 250)
+                annotations.append({"id": len(annotations) + 1, "image_id": i + 10, "category_id": category_ids[k], "bbox": [x, y, int(w), int(h)], "area": int(w * h), "iscrowd": 0})  # fmt: skip
+            Image.fromarray(picture).save(root / name / f"{i:03d}.png")
+            images.append({"id": i + 10, "file_name": f"{i:03d}.png", "width": size[0], "height": size[1]})
+        path = root / "annotations" / f"instances_{name}.json" if annotations_folder else root / name / "labels.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory):
+    """A COCO data set of 12 + 4 small pictures, with category ids that are anything but 0..K-1."""
+    return write_coco(tmp_path_factory.mktemp("tiny"), {"train2017": 12, "val2017": 4}, category_ids=(7, 300, 90001))
+
+
+class FixedFeatures(torch.nn.Module):
+    """A backbone that returns the same maps whatever it is shown."""
+
+    name, size_divisor = "fixed", 1
+
+    def __init__(self, maps, strides):
+        super().__init__()
+        self.maps, self.strides, self.channels = maps, strides, [m.shape[1] for m in maps]
+
+    def forward(self, images):
+        return self.maps

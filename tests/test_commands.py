@@ -1,0 +1,195 @@
+"""Whole commands, run as a user runs them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, write_coco
+from PIL import Image
+
+import check_dims
+import evaluate
+import infer
+import train
+from errors import run
+
+SMALL = ["--backbone", "ecvit-nano", "--image-size", "48", "--batch-size", "4", "--num-queries", "10"]
+
+
+def command(script, *arguments, cwd=None, **options):
+    environment = os.environ | {"OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=240, **options)
+
+
+def called(main, arguments, monkeypatch, capsys):
+    """Runs a script's main in this process -> (exit status, stdout, stderr)."""
+    monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    status = 0
+    try:
+        run(main)
+    except SystemExit as end:
+        status = end.code or 0
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+@pytest.fixture(scope="module")
+def finished_run(tiny_data, tmp_path_factory):
+    """A run of two epochs: (folder it was started in, run folder, the process)."""
+    cwd = tmp_path_factory.mktemp("work")
+    process = command("train.py", "--data", tiny_data, *SMALL, "--epochs", 2, cwd=cwd)
+    assert process.returncode == 0, process.stderr
+    return cwd, cwd / "runs" / tiny_data.name, process
+
+
+def test_a_run_leaves_everything_it_promises(finished_run):
+    _, folder, process = finished_run
+    assert {p.name for p in folder.iterdir()} == {"config.json", "log.jsonl", "last.pth", "best.pth", "curves.png", "train_batch.png", "val_samples.png"}
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2] and rows[-1]["step"] == 6
+    assert all("AP" in rows[-1] and row["losses"]["loss_class"] > 0 for row in rows)
+    assert all(f"epoch {i:3d}" in process.stdout + process.stderr for i in (1, 2)) and "python infer.py" in process.stdout
+    for name in ("curves.png", "train_batch.png", "val_samples.png"):
+        assert Image.open(folder / name).size[0] > 400
+    assert json.loads((folder / "config.json").read_text())["num_classes"] == 3
+
+
+def test_infer_writes_pictures_and_coco_results(finished_run, tiny_data):
+    cwd, _, _ = finished_run
+    process = command("infer.py", tiny_data / "val2017", tiny_data / "train2017" / "*1.png", "--threshold", 0, cwd=cwd)
+    assert process.returncode == 0, process.stderr
+    results = json.loads((cwd / "detections" / "detections.json").read_text())
+    assert {r["category_id"] for r in results} <= {7, 300, 90001} and results
+    for r in results:
+        x, y, w, h = r["bbox"]
+        assert 0 <= x <= 64 and 0 <= y <= 48 and x + w <= 64.1 and y + h <= 48.1 and 0 <= r["score"] <= 1
+    assert len(list((cwd / "detections").glob("*.jpg"))) == 6  # 4 and 2, of which two names repeat
+    assert "pictures/s" in process.stdout and "best.pth" in process.stdout
+
+
+def test_evaluate_gives_the_figures_of_the_run(finished_run, tiny_data):
+    _, folder, _ = finished_run
+    process = command("evaluate.py", folder / "best.pth", "--batch-size", 4)
+    assert process.returncode == 0, process.stderr
+    figures = dict(line.rsplit(maxsplit=1) for line in process.stdout.splitlines())
+    best = max(json.loads(line).get("AP", -1) for line in (folder / "log.jsonl").read_text().splitlines())
+    assert float(figures["AP"]) == pytest.approx(best, abs=1e-3)
+    assert {"AP50", "AR_100", "class/kind 7", "class/kind 300"} <= set(figures) and figures["class/kind 90001"] == "-"
+
+
+@pytest.mark.parametrize("recipe", ["default", "meta"])
+def test_a_stopped_run_ends_with_the_same_weights_as_one_never_stopped(recipe, tiny_data, tmp_path, finished_run):
+    """SIGINT in the middle of an epoch, then --resume: equal to the bit. meta adds dropout and no average."""
+    arguments = ["--data", tiny_data, *SMALL, "--recipe", recipe, "--steps", 16, "--accumulate", 2, "--seed", 3, "--freeze-backbone", 2]
+    whole = command("train.py", *arguments, "--out", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    environment = os.environ | {"OMP_NUM_THREADS": "2", "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, arguments), "--out", str(tmp_path / "stopped")], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+    while not (tmp_path / "stopped" / "log.jsonl").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 130, output
+    assert f"python train.py --resume {tmp_path / 'stopped'}" in output and "Traceback" not in output
+    middle = torch.load(tmp_path / "stopped" / "last.pth", weights_only=True)
+    assert 0 < middle["training"]["step"] < 16
+    resumed = command("train.py", "--resume", tmp_path / "stopped")
+    assert resumed.returncode == 0, resumed.stderr
+    a, b = (torch.load(tmp_path / name / "last.pth", weights_only=True) for name in ("whole", "stopped"))
+    assert a["training"]["step"] == b["training"]["step"] == 16
+    for x, y in ((a["model"], b["model"]), (a["training"]["model"], b["training"]["model"])):
+        assert x.keys() == y.keys() and all(torch.equal(x[key], y[key]) for key in x)
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_checkpoint_runs_no_code(tmp_path, monkeypatch, capsys):
+    class Trap:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "sprung"), "w"))
+
+    torch.save({"format": 1, "model": Trap(), "config": {}}, tmp_path / "trap.pth")
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    status, _, error = called(infer.main, [tmp_path / "a.png", "--checkpoint", tmp_path / "trap.pth"], monkeypatch, capsys)
+    assert status == 2 and "not a checkpoint" in error and not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize(
+    "main, arguments, message",
+    [
+        (train.main, ["--data", "nowhere"], "nowhere: no such folder"),
+        (train.main, ["--data", "DATA", "--backbone", "dinov3-vit-small"], "the nearest: dinov3-vit"),
+        (train.main, ["--data", "DATA", "--backbone", "ecvit-nano", "--backbone-weights", "pretrained"], "no released weights"),
+        (train.main, ["--data", "DATA", "--backbone-weights", "lost.pth"], "lost.pth: no such"),
+        (train.main, ["--data", "DATA", "--backbone", "ecvit-nano", "--batch-size", "0"], "--batch-size has to be more than 0"),
+        (train.main, ["--data", "DATA", "--backbone", "ecvit-nano", "--freeze-backbone", "some"], "--freeze-backbone takes a number"),
+        (train.main, ["--data", "DATA", "--train-split", "summer"], "no annotations for 'summer'"),
+        (train.main, ["--resume", "runs/none"], "runs/none/last.pth: no such checkpoint"),
+        (train.main, ["--resume", "runs/none", "--lr", "1"], "leave out --lr"),
+        (train.main, ["--data", "DATA", *SMALL, "--out", "RUN"], "already holds a run"),
+        (infer.main, ["nothing.jpg"], "nothing.jpg: no such picture"),
+        (infer.main, ["EMPTY"], "no pictures in this folder"),
+        (infer.main, ["PICTURE"], "no run in runs/ has a best.pth"),
+        (infer.main, ["PICTURE", "--checkpoint", "PICTURE"], "not a checkpoint"),
+        (infer.main, ["BROKEN", "--checkpoint", "BEST"], "1 of 1 pictures can't be read"),
+        (evaluate.main, ["gone.pth"], "gone.pth: no such checkpoint"),
+        (evaluate.main, ["BEST", "--data", "OTHER"], "are not the checkpoint's"),
+        (check_dims.main, ["--run", "dinov2-smal"], "the nearest: dinov2-small"),
+        (check_dims.main, ["--size", "0"], "--size has to be more than 0"),
+    ],
+)
+def test_a_mistake_ends_in_one_line_and_status_2(main, arguments, message, tiny_data, finished_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    (tmp_path / "b.jpg").write_bytes(b"\xff\xd8\xff nothing")
+    names = {"DATA": tiny_data, "EMPTY": tmp_path / "empty", "PICTURE": tmp_path / "a.png", "BROKEN": tmp_path / "b.jpg", "BEST": finished_run[1] / "best.pth", "RUN": finished_run[1]}  # fmt: skip
+    if "OTHER" in arguments:
+        names["OTHER"] = write_coco(tmp_path / "other", {"train": 1, "val": 1})
+    status, _, error = called(main, [names.get(a, a) for a in arguments], monkeypatch, capsys)
+    assert status == 2 and message in error and error.startswith("error: ") and error.count("\n") == 1, error
+
+
+def test_a_mistake_prints_no_traceback_in_a_real_process(tmp_path):
+    process = command("train.py", "--data", tmp_path / "nowhere")
+    assert process.returncode == 2 and process.stderr.count("\n") == 1 and "Traceback" not in process.stderr
+
+
+def test_check_dims_agrees_with_itself():
+    process = command("check_dims.py", "--size", 640)
+    assert process.returncode == 0, process.stderr
+    assert "4096" in next(line for line in process.stdout.splitlines() if "vit7b16" in line)
+    assert len(process.stdout.splitlines()) == 24
+    process = command("check_dims.py", "--run", "ecvit-nano", "--size", 100)
+    assert process.returncode == 0 and "as the table says" in process.stdout
+
+
+def test_help_explains_every_option():
+    text = command("train.py", "--help").stdout
+    for option in ("--data", "--backbone", "--backbone-weights", "--recipe", "--epochs", "--batch-size", "--image-size", "--lr", "--out", "--resume", "--minutes", "--accumulate"):
+        assert option in text
+
+
+def test_a_batch_of_one_and_more_than_the_data_set_train(tmp_path, monkeypatch, capsys):
+    root = write_coco(tmp_path / "data", {"train": 3, "val": 1})
+    for batch in (1, 8):
+        arguments = ["--data", root, "--backbone", "ecvit-nano", "--image-size", "48", "--batch-size", batch, "--steps", 2, "--out", tmp_path / f"run{batch}"]
+        status, out, error = called(train.main, arguments, monkeypatch, capsys)
+        assert status == 0, error
+
+
+def test_it_learns(tmp_path, monkeypatch, capsys):
+    """Red and blue rectangles on grey, from nothing: far from perfect after a minute, and far from zero."""
+    root = write_coco(tmp_path / "data", {"train": 32, "val": 16}, size=(96, 64))
+    arguments = ["--data", root, "--backbone", "ecvit-nano", "--image-size", "64", "--batch-size", 8, "--steps", 150, "--out", tmp_path / "run"]
+    status, out, error = called(train.main, arguments, monkeypatch, capsys)
+    assert status == 0, error
+    assert json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])["AP50"] > 0.5

@@ -1,0 +1,296 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_coco
+from PIL import Image
+from torchvision import tv_tensors
+
+from datasets import DetectionDataset, EndlessBatches, collate, load_splits, read_image
+from demo_data import CLASSES, draw_picture, make_demo, overlap
+from errors import UserError
+from evaluate import coco_figures
+from transforms import MEAN, STD, eval_transforms, train_transforms
+
+
+def edit(path, change):
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+def write_voc(root, pictures=4, size=(60, 40)):
+    for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (root / folder).mkdir(parents=True)
+    for i in range(pictures):
+        Image.new("RGB", size, (i * 30, 90, 90)).save(root / "JPEGImages" / f"p{i}.jpg")
+        (root / "Annotations" / f"p{i}.xml").write_text(
+            f"<annotation><filename>p{i}.jpg</filename><size><width>{size[0]}</width><height>{size[1]}</height><depth>3</depth></size>"
+            "<object><name>dog</name><difficult>0</difficult><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>20</xmax><ymax>30</ymax></bndbox></object>"
+            "<object><name>cat</name><difficult>1</difficult><bndbox><xmin>30</xmin><ymin>5</ymin><xmax>50</xmax><ymax>25</ymax></bndbox></object>"
+            "</annotation>"
+        )
+    (root / "ImageSets" / "Main" / "train.txt").write_text("p0\np1\n")
+    (root / "ImageSets" / "Main" / "val.txt").write_text("p2\np3\n")
+    return root
+
+
+def test_category_ids_of_any_kind_become_labels_and_go_back(tiny_data):
+    train, val = load_splits(tiny_data)
+    assert train.category_ids == [7, 300, 90001] and train.classes == ["kind 7", "kind 300", "kind 90001"]
+    assert {int(l) for r in train.records + val.records for l in r.labels} == {0, 1}
+    assert len(train.records) == 12 and len(val.records) == 4
+
+
+@pytest.mark.parametrize("annotations_folder", [True, False])
+def test_both_coco_layouts_are_read_alike(tmp_path, annotations_folder):
+    train, val = load_splits(write_coco(tmp_path / "a", {"train": 3, "val": 2}, annotations_folder=annotations_folder))
+    assert (len(train.records), len(val.records)) == (3, 2) and train.records[0].path.exists()
+
+
+def test_voc_counts_pixels_from_one_and_difficult_objects_are_ignored(tmp_path):
+    train, val = load_splits(write_voc(tmp_path))
+    assert train.classes == ["cat", "dog"] and (train.name, val.name) == ("train", "val")
+    record = val.records[0]
+    assert record.boxes.tolist() == [[0, 0, 20, 30], [29, 4, 50, 25]] and record.ignored.tolist() == [False, True]
+    _, target = DetectionDataset(val, eval_transforms(40))[0]
+    assert target["labels"].tolist() == [1]
+    miss = {i: {"boxes": torch.tensor([[0.0, 0, 20, 30]]), "labels": torch.tensor([1]), "scores": torch.tensor([0.9])} for i in range(2)}
+    assert coco_figures(val, miss)["AP"] == pytest.approx(1)  # the difficult cats are not missed
+
+
+def test_voc_prefers_trainval_and_test_and_takes_other_names(tmp_path):
+    root = write_voc(tmp_path)
+    (root / "ImageSets/Main/trainval.txt").write_text("p0\np1\np2\n")
+    (root / "ImageSets/Main/test.txt").write_text("p3\n")
+    assert [s.name for s in load_splits(root)] == ["trainval", "test"]
+    assert [s.name for s in load_splits(root, "val", "train")] == ["val", "train"]
+    with pytest.raises(UserError, match="nowhere.txt is missing; there are: test, train, trainval, val"):
+        load_splits(root, "nowhere")
+
+
+def test_broken_boxes_are_mended_or_dropped_and_counted(tmp_path):
+    root = write_coco(tmp_path, {"train": 3, "val": 1})
+    bad = [[10, 10, 0, 5], [-5, -5, 20, 20], [500, 500, 10, 10], [1, 1, float("nan"), 4], [40, 30, 100, 100], [5, 5, -3, 4]]
+
+    def change(data):
+        for i, box in enumerate(bad):
+            data["annotations"].append({"id": 100 + i, "image_id": 10, "category_id": 1, "bbox": box, "area": 4, "iscrowd": 0})
+
+    edit(root / "annotations/instances_train.json", change)
+    train, _ = load_splits(root)
+    assert train.records[0].boxes[2:].tolist() == [[0, 0, 15, 15], [40, 30, 64, 48]]
+    assert "2 boxes clipped to their picture" in train.remarks
+    assert "4 empty, inverted, outside or non-finite boxes dropped" in train.remarks
+
+
+def test_crowds_train_nothing_and_are_not_misses(tmp_path):
+    root = write_coco(tmp_path, {"train": 2, "val": 1})
+    for name in ("train", "val"):
+        edit(root / f"annotations/instances_{name}.json", lambda data: data["annotations"][0].update(iscrowd=1))
+    train, val = load_splits(root)
+    _, target = DetectionDataset(train, eval_transforms(48))[0]
+    assert target["labels"].tolist() == [1] and train.most_objects == 2
+    rest = val.records[0].boxes[1:]
+    found = {0: {"boxes": torch.tensor(rest), "labels": torch.tensor([1]), "scores": torch.tensor([1.0])}}
+    assert coco_figures(val, found)["AP"] == pytest.approx(1)
+
+
+def test_a_picture_without_boxes_is_kept(tmp_path):
+    root = write_coco(tmp_path, {"train": 2, "val": 1})
+    edit(root / "annotations/instances_train.json", lambda data: data.update(annotations=[a for a in data["annotations"] if a["image_id"] != 10]))
+    train, _ = load_splits(root)
+    assert len(train.records) == 2 and "1 pictures have no box (kept: they teach what is background)" in train.remarks
+    for draw in (0.0, 0.9):
+        image, target = DetectionDataset(train, train_transforms(48))[0, 1, draw]
+        assert target["boxes"].shape == (0, 4) and image.ndim == 3
+
+
+def test_unreadable_pictures_are_named_ten_at_most(tmp_path):
+    root = write_coco(tmp_path, {"train": 14, "val": 1})
+    for i in range(11):
+        (root / "train" / f"{i:03d}.png").unlink()
+    whole = (root / "train" / "011.png").read_bytes()
+    (root / "train" / "011.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"12 of 14 pictures can't be read .*000.png: missing.*and 2 more") as caught:
+        load_splits(root)
+    assert str(caught.value).count(".png") == 10
+    train, _ = load_splits(root, skip_bad_images=True)
+    assert len(train.records) == 2 and train.remarks[0].startswith("12 pictures left out")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda d: d["annotations"][0].update(category_id=5), "annotation 1: KeyError 5"),
+        (lambda d: d["annotations"][0].update(bbox=[1, 2, 3]), "annotation 1: ValueError"),
+        (lambda d: d["annotations"][0].update(image_id=999), "annotation 1: KeyError 999"),
+        (lambda d: d["annotations"][0].pop("bbox"), "annotation 1: KeyError"),
+        (lambda d: d["images"].append(d["images"][0]), "an id is used twice"),
+        (lambda d: d.pop("categories"), "not a COCO annotation file"),
+        (lambda d: d["images"][0].pop("file_name"), "image 10 has no file_name"),
+        (lambda d: d["categories"][0].update(name="other"), "category 1 is 'kind 1' in val but 'other' in train"),
+    ],
+)
+def test_annotations_that_make_no_sense_are_refused_at_the_start(tmp_path, change, message):
+    root = write_coco(tmp_path, {"train": 2, "val": 1})
+    edit(root / "annotations/instances_train.json", change)
+    with pytest.raises(UserError, match=message):
+        load_splits(root)
+
+
+def test_folders_that_are_no_data_set(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        load_splits(tmp_path / "nowhere")
+    (tmp_path / "holiday.jpg").write_bytes(b"")
+    with pytest.raises(UserError, match="Looked for COCO .* Found: holiday.jpg"):
+        load_splits(tmp_path)
+    root = write_coco(tmp_path / "x", {"train": 2, "val": 1})
+    (root / "annotations/instances_train.json").write_text('{"images": [')
+    with pytest.raises(UserError, match="not a COCO annotation file"):
+        load_splits(root)
+    write_voc(tmp_path / "voc")
+    (tmp_path / "voc/Annotations/p0.xml").write_text("<annotation><object>")
+    with pytest.raises(UserError, match="p0.xml: not a Pascal VOC annotation"):
+        load_splits(tmp_path / "voc")
+    (tmp_path / "voc/Annotations/p0.xml").unlink()
+    with pytest.raises(UserError, match="p0.xml: No such file"):
+        load_splits(tmp_path / "voc")
+
+
+def test_every_kind_of_picture_becomes_rgb(tmp_path):
+    ramp = np.tile(np.arange(0, 256, 4, dtype=np.uint8), (8, 1))
+    grey = Image.fromarray(ramp)
+    pictures = {
+        "grey.png": grey, "la.png": grey.convert("LA"), "rgba.png": grey.convert("RGBA"), "palette.png": grey.convert("P"), "cmyk.jpg": grey.convert("CMYK"),
+        "one.png": grey.convert("1"), "sixteen.png": Image.fromarray(ramp.astype(np.uint16) * 257), "float.tiff": Image.fromarray(ramp.astype(np.float32)),
+    }  # fmt: skip
+    for name, picture in pictures.items():
+        picture.save(tmp_path / name)
+        image = read_image(tmp_path / name)
+        assert image.mode == "RGB" and image.size == (64, 8), name
+        values = np.asarray(image, dtype=float)[..., 1]
+        assert values[:, -1].mean() > 200 and values[:, 0].mean() < 60, name
+    transparent = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
+    transparent.save(tmp_path / "t.png")
+    assert np.asarray(read_image(tmp_path / "t.png")).min() == 255
+
+
+@pytest.mark.parametrize("annotated_upright", [True, False])
+def test_exif_turns_the_picture_unless_the_boxes_were_drawn_on_the_stored_pixels(tmp_path, annotated_upright):
+    root = write_coco(tmp_path, {"train": 1, "val": 1})
+    picture = Image.new("RGB", (48, 64), "black")  # stored; shown turned by 90 degrees: 64 wide, 48 high
+    picture.paste("red", (0, 0, 20, 30))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(root / "train" / "000.png", exif=exif)
+
+    def change(data):
+        w, h = (64, 48) if annotated_upright else (48, 64)
+        data["images"][0].update(width=w, height=h)
+        box = [34, 0, 30, 20] if annotated_upright else [0, 0, 20, 30]
+        data["annotations"] = [{"id": 1, "image_id": 10, "category_id": 1, "bbox": box, "area": 600, "iscrowd": 0}]
+
+    edit(root / "annotations/instances_train.json", change)
+    train, _ = load_splits(root)
+    image, target = DetectionDataset(train, eval_transforms(48)).load(0)
+    x1, y1, x2, y2 = target["boxes"][0].int().tolist()
+    assert image[0, y1:y2, x1:x2].min() > 200 and (image[0] > 100).sum() == 600
+
+
+@pytest.mark.parametrize("kind", ["zoom", "meta"])
+def test_boxes_follow_the_picture_through_the_training_transforms(kind):
+    """A coloured rectangle on black: after every transform the box is where the colour is."""
+    transform = train_transforms(200, kind)
+    shapes, flipped = set(), set()
+    for seed in range(60):
+        torch.manual_seed(seed)
+        h, w = (int(n) for n in torch.randint(100, 300, (2,)))
+        x, y = int(torch.randint(0, w // 2, ())), int(torch.randint(0, h // 2, ()))
+        bw, bh = int(torch.randint(20, w // 2, ())), int(torch.randint(20, h // 2, ()))
+        pixels = torch.zeros(3, h, w, dtype=torch.uint8)
+        pixels[0, y : y + bh, x : x + bw] = 255
+        target = {
+            "boxes": tv_tensors.BoundingBoxes([[x, y, x + bw, y + bh]], format="XYXY", canvas_size=(h, w), dtype=torch.float32),
+            "labels": torch.tensor([3]), "area": torch.tensor([1.0]), "iscrowd": torch.tensor([0]),
+        }  # fmt: skip
+        image, target = transform(tv_tensors.Image(pixels), target, float(torch.rand(())))
+        H, W = target["size"].tolist()
+        shapes.add((H, W))
+        assert image.shape == (3, H, W) and max(H, W) <= 334
+        red = (image * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None])[0] > 0.5
+        if len(target["boxes"]) == 0:
+            assert red.sum() <= 60
+            continue
+        ys, xs = red.nonzero(as_tuple=True)
+        cx, cy, width, height = (target["boxes"][0] * torch.tensor([W, H, W, H])).tolist()
+        seen = [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
+        wanted = [cx - width / 2, cy - height / 2, cx + width / 2, cy + height / 2]
+        assert all(abs(float(a) - b) <= 1.6 for a, b in zip(seen, wanted)), (seed, seen, wanted)
+        assert target["labels"].tolist() == [3]
+        flipped.add(cx / W > 0.5)
+    assert len(shapes) > 20 and len(flipped) == 2
+
+
+def test_evaluation_sides_are_800_and_1333_in_proportion():
+    for size, picture, wanted in ((800, (400, 500), (800, 1000)), (800, (100, 400), (333, 1332)), (240, (480, 640), (240, 320)), (400, (300, 100), (666, 222))):
+        target = {"boxes": tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=picture)}
+        target |= {key: torch.zeros(0) for key in ("labels", "area", "iscrowd")}
+        image, _ = eval_transforms(size)(tv_tensors.Image(torch.zeros(3, *picture, dtype=torch.uint8)), target, 0.0)
+        assert all(abs(a - b) <= 1 for a, b in zip(image.shape[1:], wanted)), (size, picture, image.shape)
+
+
+def test_the_endless_stream_shows_every_picture_once_a_round_and_goes_on_anywhere():
+    def take(n, **options):
+        stream = iter(EndlessBatches(10, 4, seed=3, **options))
+        return [next(stream) for _ in range(n)]
+
+    batches = take(15)
+    flat = [item[0] for batch in batches for item in batch]
+    assert all(len(batch) == 4 for batch in batches)
+    for i in range(6):
+        assert sorted(flat[10 * i : 10 * i + 10]) == list(range(10))
+    assert flat[:10] != flat[10:20]
+    assert take(8, first=7) == batches[7:]
+    assert len({item[1] for batch in batches for item in batch}) == 60  # no augmentation twice
+    assert all(len({item[2] for item in batch}) == 1 for batch in batches)
+
+
+def test_a_seed_decides_the_augmentation_and_leaves_the_global_generator_alone(tiny_data):
+    data = DetectionDataset(load_splits(tiny_data)[0], train_transforms(48))
+    torch.manual_seed(5)
+    a, _ = data[3, 17, 0.5]
+    after = torch.rand(1)
+    torch.manual_seed(5)
+    assert torch.equal(after, torch.rand(1))
+    b, _ = data[3, 17, 0.5]
+    assert torch.equal(a, b) and any(a.shape != (c := data[3, s, 0.5][0]).shape or not torch.equal(a, c) for s in range(5))
+
+
+def test_batches_are_padded_to_the_divisor_and_masked():
+    batch = [(torch.ones(3, 20, 30), {}), (torch.ones(3, 25, 10), {})]
+    images, mask, _ = collate(batch, 16)
+    assert images.shape == (2, 3, 32, 32) and mask.shape == (2, 32, 32)
+    for (image, _), padded, padding in zip(batch, images, mask):
+        assert (~padding).sum() == image[0].numel() == padded[0].sum()
+
+
+def test_the_demo_is_as_it_says(tmp_path):
+    make_demo(tmp_path / "demo", train=6, val=4, seed=1)
+    make_demo(tmp_path / "again", train=6, val=4, seed=1)
+    for path in sorted((tmp_path / "demo").rglob("*.*")):
+        assert path.read_bytes() == (tmp_path / "again" / path.relative_to(tmp_path / "demo")).read_bytes()
+    train, val = load_splits(tmp_path / "demo")
+    assert train.classes == list(CLASSES) and len(val.records) == 4
+    seen = set()
+    for i in range(40):
+        picture, boxes, labels = draw_picture(np.random.default_rng(i))
+        assert 1 <= len(boxes) <= 8 and picture.shape == (128, 128, 3)
+        seen |= set(labels)
+        for j, (x, y, w, h) in enumerate(boxes):
+            assert 0.07 * 128 <= max(w, h) <= 0.42 * 128 and x >= 0 and y >= 0 and x + w <= 128 and y + h <= 128
+            assert all(overlap((x, y, w, h), other) <= 0.2 for other in boxes[:j])
+    assert seen == set(range(5))
+    shutil.rmtree(tmp_path / "again")

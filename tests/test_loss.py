@@ -1,0 +1,119 @@
+import itertools
+
+import pytest
+import torch
+from torchvision.ops import generalized_box_iou
+
+from detr_loss import HungarianMatcher, PostProcess, SetCriterion, assign_dense, pairwise_giou, quality_loss, to_xyxy
+
+
+def random_targets(counts, classes=4):
+    return [{"labels": torch.randint(classes, (n,)), "boxes": torch.cat([torch.rand(n, 2) * 0.6 + 0.2, torch.rand(n, 2) * 0.3 + 0.05], 1)} for n in counts]
+
+
+def random_outputs(layers, batch, queries, classes):
+    return torch.randn(layers, batch, queries, classes), torch.rand(layers, batch, queries, 4) * 0.4 + 0.2
+
+
+def test_giou_agrees_with_torchvision():
+    torch.manual_seed(0)
+    a, b = to_xyxy(torch.rand(30, 4)), to_xyxy(torch.rand(40, 4))
+    assert torch.allclose(pairwise_giou(a[:, None], b[None])[1], generalized_box_iou(a, b), atol=1e-5)
+
+
+@pytest.mark.parametrize("class_loss", ["softmax", "quality"])
+def test_the_assignment_is_the_cheapest_of_all(class_loss):
+    torch.manual_seed(0)
+    matcher = HungarianMatcher(2, 5, 2, class_loss)
+    targets = random_targets([3, 2])
+    logits, boxes = random_outputs(2, 2, 5, 5)
+    layer, image, query, target = matcher(logits, boxes, targets)
+    cost = matcher.cost(logits, boxes, targets)
+    for l, b in itertools.product(range(2), range(2)):
+        mine = (layer == l) & (image == b)
+        count = len(targets[b]["labels"])
+        assert sorted(target[mine].tolist()) == list(range(count)) and len(set(query[mine].tolist())) == count
+        found = cost[l, b][query[mine], target[mine]].sum()
+        best = min(sum(cost[l, b, q, t] for t, q in enumerate(order)) for order in itertools.permutations(range(5), count))
+        assert found == pytest.approx(float(best), rel=1e-6)
+
+
+def test_layers_matched_together_are_matched_as_if_alone():
+    torch.manual_seed(0)
+    matcher, targets = HungarianMatcher(2, 5, 2), random_targets([4, 0, 1])
+    logits, boxes = random_outputs(3, 3, 6, 4)
+    together = matcher(logits, boxes, targets)
+    for l in range(3):
+        alone = matcher(logits[l : l + 1], boxes[l : l + 1], targets)
+        assert [x[together[0] == l].tolist() for x in together[1:]] == [x.tolist() for x in alone[1:]]
+
+
+def test_pictures_without_objects_and_batches_without_any():
+    criterion = SetCriterion(HungarianMatcher(2, 5, 2))
+    for counts in ([0, 2], [0, 0]):
+        logits, boxes = random_outputs(1, 2, 6, 4)
+        logits.requires_grad_()
+        outputs = {"pred_logits": logits[0], "pred_boxes": boxes[0], "aux_outputs": [], "dense": {"pred_logits": logits[0], "pred_boxes": boxes[0]}}
+        losses = criterion(outputs, random_targets(counts))
+        total = sum(losses.values())
+        total.backward()
+        assert torch.isfinite(total) and torch.isfinite(logits.grad).all()
+        if counts == [0, 0]:
+            assert losses["loss_bbox"] == losses["loss_giou"] == losses["loss_bbox_dense"] == 0 and losses["loss_class"] > 0
+
+
+def test_more_objects_than_queries_match_every_query():
+    logits, boxes = random_outputs(1, 1, 3, 4)
+    targets = random_targets([7])
+    _, _, query, target = HungarianMatcher()(logits, boxes, targets)
+    assert sorted(query.tolist()) == [0, 1, 2] and len(set(target.tolist())) == 3
+
+
+def test_a_diverged_network_does_not_stop_the_matcher_and_shows_in_the_loss():
+    logits, boxes = random_outputs(1, 1, 5, 4)
+    logits[0, 0, 2], boxes[0, 0, 2] = torch.nan, torch.nan
+    targets = random_targets([2])
+    matcher = HungarianMatcher()
+    assert 2 not in matcher(logits, boxes, targets)[2]
+    loss = sum(SetCriterion(matcher)({"pred_logits": logits[0], "pred_boxes": boxes[0], "aux_outputs": []}, targets).values())
+    assert not torch.isfinite(loss)
+
+
+def test_dense_assignment_gives_every_object_its_cheapest_pixels():
+    torch.manual_seed(0)
+    cost = torch.rand(2, 50, 3)
+    counts = torch.tensor([3, 1])
+    image, pixel, target = assign_dense(cost, counts, k=4)
+    assert len({(i, p) for i, p in zip(image.tolist(), pixel.tolist())}) == len(image)
+    assert set(target[image == 1].tolist()) == {0} and (image == 1).sum() == 4
+    assert set(pixel[image == 1].tolist()) == set(cost[1, :, 0].topk(4, largest=False).indices.tolist())
+    for i, p, t in zip(image.tolist(), pixel.tolist(), target.tolist()):
+        assert p in cost[i, :, t].topk(4, largest=False).indices
+
+
+def test_a_perfect_prediction_costs_nothing_and_the_loss_grows_with_the_error():
+    targets = [{"labels": torch.tensor([1, 0]), "boxes": torch.tensor([[0.3, 0.3, 0.2, 0.2], [0.7, 0.6, 0.3, 0.2]])}]
+    logits = torch.full((1, 4, 2), -20.0)
+    logits[0, 1, 1] = logits[0, 3, 0] = 20.0
+    boxes = torch.rand(1, 4, 4) * 0.1 + 0.05
+    boxes[0, 1], boxes[0, 3] = targets[0]["boxes"]
+    criterion = SetCriterion(HungarianMatcher(2, 5, 2))
+    losses = [float(sum(criterion({"pred_logits": logits, "pred_boxes": boxes + e, "aux_outputs": []}, targets).values())) for e in (0, 0.01, 0.03)]
+    assert losses[0] < 1e-4 < losses[1] < losses[2]
+
+
+def test_quality_loss_is_smallest_at_its_target():
+    for wanted in (0.2, 0.7):
+        logits = torch.linspace(-4, 4, 801)[:, None]
+        loss = quality_loss(logits, torch.full_like(logits, wanted))
+        assert float(logits[loss.argmin()].sigmoid()) == pytest.approx(wanted, abs=0.01)
+
+
+def test_detections_are_in_pixels_of_the_picture_best_first():
+    logits = torch.tensor([[[-2.0, 3.0], [1.0, -5.0]]])
+    outputs = {"pred_logits": logits, "pred_boxes": torch.tensor([[[0.5, 0.5, 0.5, 0.5], [0.1, 0.1, 0.4, 0.4]]])}
+    found = PostProcess("quality", limit=2)(outputs, torch.tensor([[100, 200]]))[0]
+    assert found["labels"].tolist() == [1, 0]
+    assert found["boxes"].tolist() == [[50, 25, 150, 75], [0, 0, pytest.approx(60), pytest.approx(30)]]
+    found = PostProcess("softmax")(outputs, torch.tensor([[100, 200]]))[0]
+    assert found["labels"].tolist() == [0, 0] and found["scores"].tolist() == sorted(found["scores"].tolist(), reverse=True)

@@ -1,0 +1,145 @@
+import pytest
+import torch
+import transformers
+from conftest import FixedFeatures
+
+from detr_loss import HungarianMatcher, SetCriterion
+from detr_model import DETR, PlainDETR, build_model, cell_coordinates
+
+CONFIG = dict(
+    detector="detr", backbone="ecvit-nano", backbone_weights=None, num_classes=3, num_queries=20, hidden_dim=32, num_heads=2,
+    ffn_dim=64, decoder_layers=2, dropout=0.0,
+)  # fmt: skip
+
+
+def transformers_detr():
+    """transformers' DETR, tiny, on a tiny ResNet, with random weights."""
+    torch.manual_seed(0)
+    backbone = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8, 16, 24], depths=[1, 1, 1, 1], out_features=["stage4"])
+    config = transformers.DetrConfig(
+        use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, backbone_config=backbone, d_model=32, encoder_layers=2,
+        decoder_layers=3, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48,
+        num_queries=15, num_labels=5, auxiliary_loss=True, dropout=0.0,
+    )  # fmt: skip
+    return transformers.DetrForObjectDetection(config).eval()
+
+
+def copy_weights(theirs, ours):
+    """Fills our DETR from transformers'. Every weight of ours has to be met."""
+    state = {}
+    for key, value in theirs.state_dict().items():
+        if "backbone" in key:
+            continue
+        key = key.removeprefix("model.")
+        for old, new in [
+            ("input_projection", "input_proj"), ("encoder.layers", "encoder"), ("decoder.layers", "decoder"), ("decoder.layernorm", "norm"),
+            ("encoder_attn_layer_norm", "norm2"), ("encoder_attn", "cross_attn"), ("o_proj", "out_proj"), ("mlp.fc1", "linear1"), ("mlp.fc2", "linear2"),
+            ("fc1", "linear1"), ("fc2", "linear2"), ("query_position_embeddings.weight", "query_pos"),
+            ("class_labels_classifier", "class_head"), ("bbox_predictor", "box_head"),
+        ]:  # fmt: skip
+            key = key.replace(old, new)
+        key = key.replace("self_attn_layer_norm", "norm1")
+        key = key.replace("final_layer_norm", "norm2" if key.startswith("encoder") else "norm3")
+        state[key] = value
+    ours.load_state_dict(state)
+
+
+def test_published_detr_and_its_losses_agree_with_transformers():
+    theirs = transformers_detr()
+    images = torch.randn(2, 3, 96, 128)
+    mask = torch.zeros(2, 96, 128, dtype=torch.bool)
+    mask[1, 70:], mask[1, :, 90:] = True, True
+    features = []
+    hook = theirs.model.backbone.register_forward_hook(lambda module, inputs, output: features.append(output))
+    labels = [
+        {"class_labels": torch.tensor([1, 4, 0]), "boxes": torch.rand(3, 4) * 0.3 + 0.2},
+        {"class_labels": torch.tensor([2]), "boxes": torch.rand(1, 4) * 0.3 + 0.2},
+    ]
+    with torch.no_grad():
+        expected = theirs(images, pixel_mask=(~mask).long(), labels=labels)
+    hook.remove()
+    maps = features[0]
+    while not torch.is_tensor(maps):  # the nesting differs between versions of transformers
+        maps = maps[-1] if isinstance(maps, list) or not torch.is_tensor(maps[0]) else maps[0]
+    ours = DETR(FixedFeatures([maps if maps.shape[1] == 24 else None], [32]), 5, 15, 32, 4, 48, encoder_layers=2, decoder_layers=3, dropout=0.0).eval()
+    copy_weights(theirs, ours)
+    with torch.no_grad():
+        outputs = ours(images, mask)
+    assert (outputs["pred_logits"] - expected.logits).abs().max() < 1e-4
+    assert (outputs["pred_boxes"] - expected.pred_boxes).abs().max() < 1e-4
+
+    criterion = SetCriterion(HungarianMatcher(1, 5, 2, class_loss="softmax"), class_loss="softmax")
+    losses = criterion(outputs, [{"labels": t["class_labels"], "boxes": t["boxes"]} for t in labels])
+    assert float(sum(losses.values())) == pytest.approx(float(expected.loss), rel=1e-5)
+    weights = {"ce": ("class", 1), "bbox": ("bbox", 5), "giou": ("giou", 2)}
+    for key, value in expected.loss_dict.items():
+        name, _, layer = key.removeprefix("loss_").partition("_")
+        if name in weights:
+            ours_name, weight = weights[name]
+            suffix = f"_aux_{layer}" if layer else ""
+            assert float(losses[f"loss_{ours_name}{suffix}"]) == pytest.approx(weight * float(value), rel=1e-5), key
+
+
+@pytest.mark.parametrize("detector", ["detr", "detr-2020"])
+def test_outputs_keep_the_contract(detector):
+    torch.manual_seed(0)
+    model, criterion, postprocess = build_model(CONFIG | {"detector": detector})
+    mask = torch.zeros(2, 64, 96, dtype=torch.bool)
+    outputs = model(torch.randn(2, 3, 64, 96), mask)
+    classes = 4 if detector == "detr-2020" else 3
+    for layer in [outputs, *outputs["aux_outputs"]]:
+        assert layer["pred_logits"].shape == (2, 20, classes) and layer["pred_boxes"].shape == (2, 20, 4)
+        assert (layer["pred_boxes"] >= 0).all() and (layer["pred_boxes"] <= 1).all()
+    targets = [{"labels": torch.tensor([2]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.3]])}, {"labels": torch.zeros(0, dtype=torch.long), "boxes": torch.zeros(0, 4)}]
+    sum(criterion(outputs, targets).values()).backward()
+    unused = [name for name, p in model.named_parameters() if p.grad is None]
+    assert all(name.startswith("backbone.") for name in unused), unused
+    detections = postprocess(outputs, torch.tensor([[480, 640], [100, 50]]))
+    for found, (h, w) in zip(detections, ((480, 640), (100, 50))):
+        assert (found["boxes"] >= 0).all() and (found["boxes"][:, 2] <= w).all() and (found["boxes"][:, 3] <= h).all()
+        assert (found["scores"].diff() <= 0).all() and found["labels"].max() < 3
+
+
+@pytest.mark.parametrize("kind", [DETR, PlainDETR])
+def test_padding_changes_nothing(kind):
+    """The same features with more padding around them give the same detections."""
+    torch.manual_seed(0)
+    inner = torch.randn(1, 8, 4, 6)
+    outer = torch.full((1, 8, 8, 10), 7.0)
+    outer[:, :, :4, :6] = inner
+    backbone = FixedFeatures([inner], [16])
+    model = kind(backbone, 3, 12, 32, 2, 64).eval()
+    for p in model.parameters():  # heads start at zero
+        torch.nn.init.normal_(p, std=0.05) if p.ndim > 1 else None
+    if kind is PlainDETR:
+        model.neck.mix = torch.nn.Identity()  # 3x3 convolutions do look across the border, as in every detector
+        backbone.strides = [8]
+        model.neck = type(model.neck)([8], [8], 32).eval()
+        model.neck.mix = torch.nn.Identity()
+    stride = backbone.strides[0]
+    small = model(torch.zeros(1, 3, 4 * stride, 6 * stride), torch.zeros(1, 4 * stride, 6 * stride, dtype=torch.bool))
+    backbone.maps = [outer]
+    mask = torch.ones(1, 8 * stride, 10 * stride, dtype=torch.bool)
+    mask[:, : 4 * stride, : 6 * stride] = False
+    large = model(torch.zeros(1, 3, 8 * stride, 10 * stride), mask)
+    assert torch.allclose(small["pred_boxes"], large["pred_boxes"], atol=1e-5)
+    assert torch.allclose(small["pred_logits"], large["pred_logits"], atol=1e-5)
+
+
+def test_cells_are_counted_in_units_of_the_unpadded_picture():
+    mask = torch.zeros(2, 32, 64, dtype=torch.bool)
+    mask[1, 24:], mask[1, :, 40:] = True, True
+    y, x, cell = cell_coordinates(mask, (4, 8), 8)
+    assert torch.allclose(y[0], torch.tensor([4.0, 12, 20, 28]) / 32) and torch.allclose(x[1, :5], torch.tensor([4.0, 12, 20, 28, 36]) / 40)
+    assert torch.allclose(cell, torch.tensor([[8 / 64, 8 / 32], [8 / 40, 8 / 24]]))
+    assert (y[1] > 1).tolist() == [False, False, False, True] and (x[1] > 1).sum() == 3
+
+
+@pytest.mark.parametrize("strides", [(4, 8, 16, 32), (8, 16, 32), (14,), (16,), (32,)])
+def test_every_kind_of_backbone_map_is_accepted(strides):
+    maps = [torch.randn(1, 6, -(-224 // s), -(-224 // s)) for s in strides]
+    model = PlainDETR(FixedFeatures(maps, strides), 2, 30, 32, 2, 64)
+    outputs = model(torch.zeros(1, 3, 224, 224), torch.zeros(1, 224, 224, dtype=torch.bool))
+    assert outputs["pred_boxes"].shape == (1, 30, 4)
+    h, w = maps[0].shape[-2:]
+    assert model.neck.stride in (7, 8, 16) and outputs["dense"]["pred_boxes"].shape[1] >= 14 * 14

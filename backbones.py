@@ -240,14 +240,15 @@ def load_transformers(name, spec, weights):
     if not is_file and weights != "pretrained" and not Path(weights).is_dir():
         raise UserError(f"{weights}: no such folder or file; --backbone-weights takes pretrained, none, a Hugging Face folder or a .pth")
     source = spec.source if weights == "pretrained" else str(weights)
+    strict = dict(dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)  # the report below names them all
     if is_file:
         state = META_CONVERSIONS[spec.family](read_state_dict(weights), source)
         load = lambda: type(transformers.AutoModel.from_config(config)).from_pretrained(
-            None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True
+            None, config=config, state_dict=state, **strict
         )
     else:
         check_architecture(source, config, name, weights)
-        load = lambda: transformers.AutoModel.from_pretrained(source, config=config, dtype=torch.float32, output_loading_info=True)
+        load = lambda: transformers.AutoModel.from_pretrained(source, config=config, **strict)
     try:
         model, report = fetch(load, source)
     except (RuntimeError, ValueError, KeyError) as error:

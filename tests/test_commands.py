@@ -22,7 +22,7 @@ SMALL = ["--backbone", "ecvit-nano", "--image-size", "48", "--batch-size", "4", 
 
 
 def command(script, *arguments, cwd=None, **options):
-    environment = os.environ | {"OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=240, **options)
 
 
@@ -92,7 +92,7 @@ def test_a_stopped_run_ends_with_the_same_weights_as_one_never_stopped(recipe, t
     arguments = ["--data", tiny_data, *SMALL, "--recipe", recipe, "--steps", 16, "--accumulate", 2, "--seed", 3, "--freeze-backbone", 2]
     whole = command("train.py", *arguments, "--out", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
-    environment = os.environ | {"OMP_NUM_THREADS": "2", "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, arguments), "--out", str(tmp_path / "stopped")], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
     while not (tmp_path / "stopped" / "log.jsonl").exists() and process.poll() is None:
         time.sleep(0.01)
@@ -126,7 +126,7 @@ def test_a_checkpoint_runs_no_code(tmp_path, monkeypatch, capsys):
     "main, arguments, message",
     [
         (train.main, ["--data", "nowhere"], "nowhere: no such folder"),
-        (train.main, ["--data", "DATA", "--backbone", "dinov3-vit-small"], "the nearest: dinov3-vit"),
+        (train.main, ["--data", "DATA", "--backbone", "dinov3-vit-s16"], "the nearest: dinov3-vits16"),
         (train.main, ["--data", "DATA", "--backbone", "ecvit-nano", "--backbone-weights", "pretrained"], "no released weights"),
         (train.main, ["--data", "DATA", "--backbone-weights", "lost.pth"], "lost.pth: no such"),
         (train.main, ["--data", "DATA", "--backbone", "ecvit-nano", "--batch-size", "0"], "--batch-size has to be more than 0"),

@@ -26,13 +26,13 @@ DEFAULTS = dict(
     backbone=None, backbone_weights=None,
     freeze_backbone=0.0,  # epochs before the backbone is trained; "all": never
     checkpoint_activations=False,
-    num_queries=None,  # None: twice the most objects in a picture, 60 at least
+    num_queries=None,
     hidden_dim=None, num_heads=None, ffn_dim=None, decoder_layers=3, dropout=0.0,
     # budget: whichever ends first
     epochs=None, steps=None, minutes=None,
     # optimisation
     batch_size=None, accumulate=1,
-    lr=None, backbone_lr=None,  # for a batch of 16; scaled by its square root
+    lr=None, backbone_lr=None,
     layer_decay=1.0,  # learning rate of each backbone block relative to the next
     weight_decay=1e-4, clip=1.0,
     schedule="linear", warmup=0.03,  # share of the budget
@@ -45,7 +45,7 @@ RECIPES = {
     "default": {},
     "meta": dict(  # arXiv 2005.12872
         detector="detr-2020", augment="meta", image_size=800, num_queries=100, hidden_dim=256, num_heads=8, ffn_dim=2048,
-        decoder_layers=6, dropout=0.1, epochs=300, lr=1e-4, backbone_lr=1e-5, clip=0.1, schedule="step", warmup=0.0,
+        decoder_layers=6, dropout=0.1, batch_size=2, epochs=300, lr=1e-4, backbone_lr=1e-5, clip=0.1, schedule="step", warmup=0.0,
         ema=False, freeze_backbone=100.0, keep_every=50, eval_every=1,
     ),
 }  # fmt: skip
@@ -69,7 +69,7 @@ def parse_arguments(description):
     model.add_argument("--backbone-weights", metavar="W", help="pretrained (hub or release), none (from scratch), or the path of a folder or file (default: pretrained where there are any)")
     model.add_argument("--freeze-backbone", metavar="N", help="epochs before the backbone is trained, or all (default 0; meta: 100)")
     model.add_argument("--checkpoint-activations", action="store_true", help="recompute the backbone's activations: less memory, slower")
-    model.add_argument("--num-queries", type=int, metavar="Q", help="most detections in a picture (default: twice the most objects in a training picture, 60 at least)")
+    model.add_argument("--num-queries", type=int, metavar="Q", help="most objects that can be found in a picture (default: 100 to 300, ten times the most in a training picture, never under twice)")
     budget = parser.add_argument_group("budget (the first that is used up ends the run; the schedule follows it)")
     budget.add_argument("--epochs", type=int, metavar="N")
     budget.add_argument("--steps", type=int, metavar="N")
@@ -77,7 +77,7 @@ def parse_arguments(description):
     optimisation = parser.add_argument_group("optimisation")
     optimisation.add_argument("--batch-size", type=int, metavar="B", help="pictures a step (default 16; 8 below 1,000 pictures)")
     optimisation.add_argument("--accumulate", type=int, metavar="N", help="batches whose gradients are added up for a step (default 1)")
-    optimisation.add_argument("--lr", type=float, help="learning rate of a batch of 16 (default 8e-4 from scratch, 4e-4 otherwise)")
+    optimisation.add_argument("--lr", type=float, help="learning rate (default, for a batch of 16: 8e-4 from scratch, 4e-4 otherwise; for others by the square root)")
     optimisation.add_argument("--backbone-lr", type=float, help="the backbone's (default: lr from scratch, lr/10 otherwise)")
     optimisation.add_argument("--layer-decay", type=float, metavar="X", help="a backbone block's learning rate relative to the next one's (default 1)")
     optimisation.add_argument("--weight-decay", type=float, metavar="X", help="not on norms and biases (default 1e-4)")
@@ -117,7 +117,8 @@ def settle(given, train):
 
     choose("image_size", 128 if demo else choose_image_size(train, 240 if nano else 640))
     choose("batch_size", 8 if len(train.records) < 1000 else 16)
-    choose("num_queries", max(60, -(-2 * train.most_objects // 10) * 10))
+    most = train.most_objects
+    choose("num_queries", max(100, min(300, 10 * most), 2 * most))  # many more than objects: the best of them are matched
     choose("hidden_dim", 128 if nano else 256)
     choose("num_heads", s["hidden_dim"] // 32)
     choose("ffn_dim", 4 * s["hidden_dim"])
@@ -126,15 +127,16 @@ def settle(given, train):
         chosen["epochs"] = s["epochs"] = 40 if demo else 100 if pictures < 5000 else 50 if pictures < 20000 else 24
         if demo:
             chosen["minutes"] = s["minutes"] = 4.5
-    choose("lr", 8e-4 if scratch else 4e-4)
-    choose("backbone_lr", s["lr"] if scratch else s["lr"] / 10)
+    choose("lr", round((8e-4 if scratch else 4e-4) * math.sqrt(s["batch_size"] * s["accumulate"] / 16), 6))
+    choose("backbone_lr", s["lr"] / 10)
     choose("workers", 0 if demo or s["image_size"] < 320 else 4)
     choose("out", next_free(Path("runs") / ("demo" if demo else Path(s["data"]).resolve().name)))
     s["data"] = str(s["data"] or "data/demo")
-    if str(s["freeze_backbone"]) == "all":
-        s["freeze_backbone"] = math.inf
+    if scratch:  # random weights are neither worth keeping nor in danger
+        s["freeze_backbone"] = given.get("freeze_backbone", 0)
+        s["backbone_lr"] = given.get("backbone_lr", s["lr"])
     try:
-        s["freeze_backbone"] = float(s["freeze_backbone"])
+        s["freeze_backbone"] = math.inf if s["freeze_backbone"] == "all" else float(s["freeze_backbone"])
     except ValueError:
         raise UserError(f"--freeze-backbone takes a number of epochs or all, not {s['freeze_backbone']}") from None
     for key in ("batch_size", "accumulate", "image_size", "num_queries", "epochs", "steps", "minutes"):

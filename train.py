@@ -221,7 +221,6 @@ def autocast(s, device):
 
 def build_optimizer(model, s):
     """AdamW: no decay on norms, biases and other vectors; the backbone's blocks at their own learning rates."""
-    scale = math.sqrt(s["batch_size"] * s["accumulate"] / 16)
     depths = parameter_depths(model.backbone)
     last = max(depths.values())
     groups = {}
@@ -230,7 +229,7 @@ def build_optimizer(model, s):
         if name.startswith("backbone."):
             lr = s["backbone_lr"] * s["layer_decay"] ** (last - depths[name.removeprefix("backbone.")])
         decay = s["weight_decay"] if parameter.ndim > 1 else 0.0
-        groups.setdefault((lr * scale, decay), []).append(parameter)
+        groups.setdefault((lr, decay), []).append(parameter)
     return torch.optim.AdamW([
         {"params": parameters, "lr": lr, "peak_lr": lr, "weight_decay": decay} for (lr, decay), parameters in groups.items()
     ], fused=True)  # fmt: skip

@@ -79,7 +79,7 @@ class DetectionDataset(torch.utils.data.Dataset):
     pictures.
     """
 
-    def __init__(self, split, transforms, cache_bytes=2**30):
+    def __init__(self, split, transforms, cache_bytes=0):
         self.split, self.transforms = split, transforms
         pixels = sum(r.width * r.height * 3 for r in split.records)
         self.cache = {} if pixels <= cache_bytes else None

@@ -7,6 +7,7 @@
 import argparse
 import contextlib
 import io
+from functools import partial
 
 import numpy as np
 import torch
@@ -93,8 +94,7 @@ def main():
     if split.classes != content["classes"]:
         raise UserError(f"the data's classes {split.classes[:5]} are not the checkpoint's {content['classes'][:5]}")
     data = DetectionDataset(split, eval_transforms(arguments.image_size or config["image_size"]))
-    divisor = model.backbone.size_divisor
-    loader = DataLoader(data, batch_size=arguments.batch_size, collate_fn=lambda b: collate(b, divisor))
+    loader = DataLoader(data, batch_size=arguments.batch_size, collate_fn=partial(collate, divisor=model.backbone.size_divisor))
     figures, _ = evaluate(model, postprocess, loader, split, device)
     for name, value in figures.items():
         print(f"{name:24s} {value:.3f}" if value >= 0 else f"{name:24s} -")

@@ -5,6 +5,7 @@ A recipe says where it differs from DEFAULTS; what is None in both, and not give
 
 import argparse
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -128,13 +129,14 @@ def settle(given, train):
         if demo:
             chosen["minutes"] = s["minutes"] = 4.5
     choose("lr", round((8e-4 if scratch else 4e-4) * math.sqrt(s["batch_size"] * s["accumulate"] / 16), 6))
-    choose("backbone_lr", s["lr"] / 10)
-    choose("workers", 0 if demo or s["image_size"] < 320 else 4)
-    choose("out", next_free(Path("runs") / ("demo" if demo else Path(s["data"]).resolve().name)))
-    s["data"] = str(s["data"] or "data/demo")
     if scratch:  # random weights are neither worth keeping nor in danger
         s["freeze_backbone"] = given.get("freeze_backbone", 0)
-        s["backbone_lr"] = given.get("backbone_lr", s["lr"])
+        s["backbone_lr"] = given.get("backbone_lr")
+    choose("backbone_lr", s["lr"] if scratch else s["lr"] / 10)
+    quick = s["image_size"] < 320 and not torch.cuda.is_available()  # preparing a picture is nothing beside a step
+    choose("workers", 0 if quick else min(4, os.cpu_count()))
+    choose("out", next_free(Path("runs") / ("demo" if demo else Path(s["data"]).resolve().name)))
+    s["data"] = str(s["data"] or "data/demo")
     try:
         s["freeze_backbone"] = math.inf if s["freeze_backbone"] == "all" else float(s["freeze_backbone"])
     except ValueError:

@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -89,10 +90,11 @@ def main():
         })  # fmt: skip
 
     # Loaders: training pictures come as one endless stream, cut into full batches
-    pad_and_stack = lambda batch: collate(batch, model.backbone.size_divisor)
+    pad_and_stack = partial(collate, divisor=model.backbone.size_divisor)
     workers = dict(num_workers=s["workers"], collate_fn=pad_and_stack, worker_init_fn=ignore_interrupts, pin_memory=device.type == "cuda")
-    train_set = DetectionDataset(train, train_transforms(s["image_size"], s["augment"], s["color_jitter"], s["rotate"]))
-    val_set = DetectionDataset(val, eval_transforms(s["image_size"]))
+    cache_bytes = 2**30 // max(1, s["workers"])  # each worker keeps its own
+    train_set = DetectionDataset(train, train_transforms(s["image_size"], s["augment"], s["color_jitter"], s["rotate"]), cache_bytes)
+    val_set = DetectionDataset(val, eval_transforms(s["image_size"]), cache_bytes)
     batches = EndlessBatches(len(train_set), s["batch_size"], s["seed"], first=step * s["accumulate"])
     # A loader draws a number when it starts; with a generator of its own it leaves the training's alone.
     stream = iter(DataLoader(train_set, batch_sampler=batches, generator=torch.Generator(), **workers))

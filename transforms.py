@@ -1,7 +1,7 @@
 """Training and evaluation transforms: DETR's (arXiv 2005.12872), on torchvision's v2 transforms and bounding-box type.
 
-A transform takes a uint8 RGB tensor (3, H, W) and a target whose `boxes` are a `tv_tensors.BoundingBoxes` in xyxy pixels,
-and gives a normalised float tensor and a target with `boxes` cxcywh in [0, 1]; see datasets.py for the other entries.
+They take a uint8 RGB tensor (3, H, W) and a target whose `boxes` are a `tv_tensors.BoundingBoxes` in xyxy pixels,
+and give a normalised float tensor and a target with `boxes` cxcywh in [0, 1]; see datasets.py for the other entries.
 """
 
 import torch
@@ -49,12 +49,17 @@ def draw_integer(low, high):
     return int(torch.randint(low, high + 1, ()))
 
 
+def per_box_entries(inputs):
+    """What of (image, target) has an entry for each box."""
+    return [inputs[1][key] for key in ("labels", "area", "iscrowd")]
+
+
 class ToDetector(v2.Transform):
     """Last step: scaled and normalised pixels; boxes that are still inside, as cxcywh in [0, 1]."""
 
     def __init__(self):
         super().__init__()
-        self.sanitize = v2.SanitizeBoundingBoxes(min_size=1, labels_getter=lambda inputs: [inputs[1][k] for k in ("labels", "area", "iscrowd")])
+        self.sanitize = v2.SanitizeBoundingBoxes(min_size=1, labels_getter=per_box_entries)
 
     def forward(self, image, target):
         image, target = self.sanitize(image, target)
@@ -64,8 +69,18 @@ class ToDetector(v2.Transform):
         return image.as_subclass(torch.Tensor), {**target, "boxes": boxes, "size": torch.tensor([h, w])}
 
 
+class PickOne:
+    """(image, target, draw in [0, 1)) -> (image, target), by the transform that draw picks."""
+
+    def __init__(self, transforms):
+        self.transforms = transforms
+
+    def __call__(self, image, target, draw):
+        return self.transforms[int(draw * len(self.transforms))](image, target)
+
+
 def train_transforms(size=SHORT_SIDE, kind="zoom", color_jitter=0.0, rotate=0.0):
-    """-> function (image, target, draw in [0, 1)) -> (image, target). Lengths are in proportion to `size`, which stands for 800.
+    """-> PickOne for training. Lengths are in proportion to `size`, which stands for 800.
 
     "meta" is DETR's own: a flip; then the shortest side drawn from 480..800, or first a window of any proportions cut out.
     "zoom" is the default: a flip; in half of the cases a window of the picture's own proportions; then the shortest side
@@ -82,14 +97,11 @@ def train_transforms(size=SHORT_SIDE, kind="zoom", color_jitter=0.0, rotate=0.0)
         resize = v2.RandomShortestSize(sides, longest, antialias=True)
         zoom = v2.RandomShortestSize([scaled(n) for n in (400, 500, 600)], antialias=True)
         window = v2.Compose([zoom, RandomSizeCrop(scaled(384), scaled(600)), resize])
-        pipeline = v2.Compose([*before, v2.RandomChoice([resize, window]), *after])
-        return lambda image, target, draw: pipeline(image, target)
+        return PickOne([v2.Compose([*before, v2.RandomChoice([resize, window]), *after])])
     before.append(v2.RandomApply([RandomZoom(0.5)], p=0.5))
-    pipelines = [v2.Compose([*before, v2.RandomShortestSize([side], longest, antialias=True), *after]) for side in sides]
-    return lambda image, target, draw: pipelines[int(draw * len(pipelines))](image, target)
+    return PickOne([v2.Compose([*before, v2.RandomShortestSize([side], longest, antialias=True), *after]) for side in sides])
 
 
 def eval_transforms(size=SHORT_SIDE):
     """The shortest side `size`, the longest 1333/800 of it at most."""
-    pipeline = v2.Compose([v2.RandomShortestSize([size], round(size * LONG_SIDE / SHORT_SIDE), antialias=True), ToDetector()])
-    return lambda image, target, draw: pipeline(image, target)
+    return PickOne([v2.Compose([v2.RandomShortestSize([size], round(size * LONG_SIDE / SHORT_SIDE), antialias=True), ToDetector()])])

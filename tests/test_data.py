@@ -1,4 +1,5 @@
 import json
+import pickle
 import shutil
 
 import numpy as np
@@ -267,6 +268,13 @@ def test_a_seed_decides_the_augmentation_and_leaves_the_global_generator_alone(t
     assert torch.equal(after, torch.rand(1))
     b, _ = data[3, 17, 0.5]
     assert torch.equal(a, b) and any(a.shape != (c := data[3, s, 0.5][0]).shape or not torch.equal(a, c) for s in range(5))
+
+
+def test_a_data_set_can_be_sent_to_worker_processes(tiny_data):
+    """Workers are not always forked: on macOS, and since Python 3.14 on Linux, they get it pickled."""
+    for transforms in (train_transforms(48), train_transforms(48, "meta", 0.3, 10), eval_transforms(48)):
+        data = pickle.loads(pickle.dumps(DetectionDataset(load_splits(tiny_data)[0], transforms)))
+        assert torch.equal(data[0, 1, 0.5][0], DetectionDataset(load_splits(tiny_data)[0], transforms)[0, 1, 0.5][0])
 
 
 def test_batches_are_padded_to_the_divisor_and_masked():

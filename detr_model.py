@@ -27,9 +27,15 @@ def build_model(config):
     return DETECTORS[config["detector"]](config)
 
 
-def inverse_sigmoid(x, eps=1e-4):
-    x = x.clamp(eps, 1 - eps)
-    return torch.log(x / (1 - x))
+def shift_boxes(boxes, deltas):
+    """boxes, deltas (..., 4) cxcywh -> boxes moved by deltas measured in their own size (as in R-CNN, arXiv 1311.2524).
+
+    The same deltas mean the same pixels' pattern wherever the object is and however large the picture; a shift of
+    logits, as in Deformable DETR, does not. Clamped to [0, 1], sizes to 1e-4 at least.
+    """
+    centres = boxes[..., :2] + deltas[..., :2] * boxes[..., 2:]
+    sizes = boxes[..., 2:] * deltas[..., 2:].clamp(-4, 4).exp()
+    return torch.cat([centres.clamp(0, 1), sizes.clamp(1e-4, 1)], dim=-1)
 
 
 def sine_embedding(positions, dim, temperature=10000):
@@ -104,7 +110,7 @@ class Attention(nn.Module):
 
 
 class Neck(nn.Module):
-    """Any backbone's maps -> one map of C channels at `stride`: projected, resized, summed, mixed by two 3x3 convolutions.
+    """Any backbone's maps -> one map of C channels at `stride`: projected, resized, summed, mixed by 3x3 convolutions.
 
     A backbone whose finest stride is coarser is upsampled twofold at most: beyond that there is nothing to see.
     """
@@ -116,9 +122,12 @@ class Neck(nn.Module):
         self.upsample = 2 if strides[self.first] > stride else 1
         self.stride = strides[self.first] // self.upsample
         self.projections = nn.ModuleList(nn.Conv2d(channels[i], dim, 1) for i in used)
-        self.mix = nn.Sequential(
-            nn.GroupNorm(8, dim), nn.Conv2d(dim, dim, 3, padding=1), nn.GELU(),
-            nn.GroupNorm(8, dim), nn.Conv2d(dim, dim, 3, padding=1),
+        self.mix = nn.ModuleList(
+            nn.Sequential(
+                nn.GroupNorm(8, dim), nn.Conv2d(dim, dim, 3, padding=1), nn.GELU(),
+                nn.GroupNorm(8, dim), nn.Conv2d(dim, dim, 3, padding=1),
+            )
+            for _ in range(2)
         )  # fmt: skip
 
     def forward(self, features):
@@ -128,7 +137,9 @@ class Neck(nn.Module):
         for projection, feature in zip(self.projections, features):
             level = projection(feature)
             x = x + (level if level.shape[-2:] == size else F.interpolate(level, size, mode="bilinear", align_corners=False))
-        return x + self.mix(x)
+        for block in self.mix:
+            x = x + block(x)
+        return x
 
 
 class EncoderLayer(nn.Module):
@@ -242,7 +253,7 @@ class PlainDETR(nn.Module):
             boxes = boxes.detach()  # each layer answers for its own refinement only
             query_pos = self.query_pos(sine_embedding(boxes[..., [1, 0, 3, 2]], memory.shape[-1] // 2).flatten(2))
             queries = layer(queries, query_pos, memory, memory_pos, bias)
-            boxes = (box_head(queries).float() + inverse_sigmoid(boxes)).sigmoid()
+            boxes = shift_boxes(boxes, box_head(queries).float())
             outputs.append({"pred_logits": class_head(queries).float(), "pred_boxes": boxes})
         return {**outputs[-1], "aux_outputs": outputs[:-1], "dense": dense}
 
@@ -255,7 +266,7 @@ class PlainDETR(nn.Module):
         logits = self.dense_class(memory).float().masked_fill(padding[..., None], -1e4)
         centre = torch.stack([x[:, None].expand(-1, y.shape[1], -1), y[:, :, None].expand(-1, -1, x.shape[1])], dim=-1).flatten(1, 2)
         anchors = torch.cat([centre, (ANCHOR_CELLS * cell)[:, None].expand_as(centre)], dim=-1)
-        boxes = (self.dense_box(memory).float() + inverse_sigmoid(anchors)).sigmoid()
+        boxes = shift_boxes(anchors, self.dense_box(memory).float())
         return {"pred_logits": logits, "pred_boxes": boxes}
 
 

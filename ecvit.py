@@ -127,6 +127,9 @@ class ECViTTrunk(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
+        for block in self.blocks:  # every block starts as the identity: from random weights the convolutions learn first
+            nn.init.zeros_(block.attn.proj.weight)
+            nn.init.zeros_(block.mlp.fc2.weight)
 
     def forward(self, images):
         """images (B, 3, H, W) -> stem map (B, D/2, H/8, W/8), grid (h, w), [tokens (B, 1 + N, D) after every block]."""

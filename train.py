@@ -247,10 +247,14 @@ def learning_rate_factor(progress, s):
 
 @torch.no_grad()
 def update_average(average, model, step):
-    """Averages over about the last twelfth of the run so far, so that no budget needs a decay of its own; buffers are copied."""
-    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), min(1.0, 12 / (step + 12)))
-    for ours, theirs in zip(average.buffers(), model.buffers()):
-        ours.copy_(theirs)
+    """Averages over about the last twelfth of the run so far, so that no budget needs a decay of its own.
+
+    Batch statistics are averaged as well: those of the last few batches are too noisy to evaluate with.
+    """
+    weight = min(1.0, 12 / (step + 12))
+    ours, theirs = list(average.state_dict().values()), list(model.state_dict().values())
+    real = [i for i, value in enumerate(ours) if value.is_floating_point()]
+    torch._foreach_lerp_([ours[i] for i in real], [theirs[i] for i in real], weight)
 
 
 def ignore_interrupts(_):

@@ -112,10 +112,10 @@ def test_padding_changes_nothing(kind):
     for p in model.parameters():  # heads start at zero
         torch.nn.init.normal_(p, std=0.05) if p.ndim > 1 else None
     if kind is PlainDETR:
-        model.neck.mix = torch.nn.Identity()  # 3x3 convolutions do look across the border, as in every detector
+        model.neck.mix = torch.nn.ModuleList()  # 3x3 convolutions do look across the border, as in every detector
         backbone.strides = [8]
         model.neck = type(model.neck)([8], [8], 32).eval()
-        model.neck.mix = torch.nn.Identity()
+        model.neck.mix = torch.nn.ModuleList()
     stride = backbone.strides[0]
     small = model(torch.zeros(1, 3, 4 * stride, 6 * stride), torch.zeros(1, 4 * stride, 6 * stride, dtype=torch.bool))
     backbone.maps = [outer]

@@ -28,7 +28,7 @@ DEFAULTS = dict(
     freeze_backbone=0.0,  # epochs before the backbone is trained; "all": never
     checkpoint_activations=False,
     num_queries=None,
-    hidden_dim=None, num_heads=None, ffn_dim=None, decoder_layers=3, dropout=0.0,
+    hidden_dim=None, num_heads=None, ffn_dim=None, decoder_layers=None, dropout=0.0,
     # budget: whichever ends first
     epochs=None, steps=None, minutes=None,
     # optimisation
@@ -116,13 +116,14 @@ def settle(given, train):
         if s[key] is None:
             s[key] = chosen[key] = value
 
-    choose("image_size", 128 if demo else choose_image_size(train, 240 if nano else 640))
+    choose("image_size", 128 if demo else choose_image_size(train, 224 if nano else 640))
     choose("batch_size", 8 if len(train.records) < 1000 else 16)
     most = train.most_objects
     choose("num_queries", max(100, min(300, 10 * most), 2 * most))  # many more than objects: the best of them are matched
     choose("hidden_dim", 128 if nano else 256)
     choose("num_heads", s["hidden_dim"] // 32)
     choose("ffn_dim", 4 * s["hidden_dim"])
+    choose("decoder_layers", 2 if nano else 3)
     if s["epochs"] is s["steps"] is s["minutes"] is None:
         pictures = len(train.records)
         chosen["epochs"] = s["epochs"] = 40 if demo else 100 if pictures < 5000 else 50 if pictures < 20000 else 24
@@ -158,7 +159,7 @@ def choose_image_size(split, smallest):
     side = np.median([min(r.width, r.height) for r in split.records])
     relative = [np.sqrt((b[2] - b[0]) * (b[3] - b[1])) / min(r.width, r.height) for r in split.records for b in r.boxes]
     wanted = 20 / max(float(np.quantile(relative, 0.2)), 1e-3)
-    return int(min(max(wanted, smallest), max(2 * smallest, 640), max(side, smallest)) // 16 * 16)
+    return int(min(max(wanted, smallest), max(2 * smallest, 640), max(side, smallest)) // 32 * 32)
 
 
 def next_free(path):

@@ -28,7 +28,7 @@ DEFAULTS = dict(
     freeze_backbone=0.0,  # epochs before the backbone is trained; "all": never
     checkpoint_activations=False,
     num_queries=None,
-    hidden_dim=None, num_heads=None, ffn_dim=None, decoder_layers=3, dropout=0.0,
+    hidden_dim=None, num_heads=None, ffn_dim=None, decoder_layers=None, dropout=0.0,
     # budget: whichever ends first
     epochs=None, steps=None, minutes=None,
     # optimisation
@@ -76,7 +76,7 @@ def parse_arguments(description):
     budget.add_argument("--steps", type=int, metavar="N")
     budget.add_argument("--minutes", type=float, metavar="M", help="minutes of training; evaluation is not counted")
     optimisation = parser.add_argument_group("optimisation")
-    optimisation.add_argument("--batch-size", type=int, metavar="B", help="pictures a step (default 16; 8 below 1,000 pictures and for ecvit-nano)")
+    optimisation.add_argument("--batch-size", type=int, metavar="B", help="pictures a step (default 16; 8 below 1,000 pictures)")
     optimisation.add_argument("--accumulate", type=int, metavar="N", help="batches whose gradients are added up for a step (default 1)")
     optimisation.add_argument("--lr", type=float, help="learning rate (default, for a batch of 16: 8e-4 from scratch, 4e-4 otherwise; for others by the square root)")
     optimisation.add_argument("--backbone-lr", type=float, help="the backbone's (default: lr from scratch, lr/10 otherwise)")
@@ -117,12 +117,13 @@ def settle(given, train):
             s[key] = chosen[key] = value
 
     choose("image_size", 128 if demo else choose_image_size(train, 240 if nano else 640))
-    choose("batch_size", 8 if nano or len(train.records) < 1000 else 16)
+    choose("batch_size", 8 if len(train.records) < 1000 else 16)
     most = train.most_objects
     choose("num_queries", max(100, min(300, 10 * most), 2 * most))  # many more than objects: the best of them are matched
     choose("hidden_dim", 128 if nano else 256)
     choose("num_heads", s["hidden_dim"] // 32)
     choose("ffn_dim", 4 * s["hidden_dim"])
+    choose("decoder_layers", 2 if s["image_size"] < 192 else 3)
     if s["epochs"] is s["steps"] is s["minutes"] is None:
         pictures = len(train.records)
         chosen["epochs"] = s["epochs"] = 40 if demo else 100 if pictures < 5000 else 50 if pictures < 20000 else 24

@@ -14,6 +14,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from backbones import build_backbone
 from detr_loss import HungarianMatcher, PostProcess, SetCriterion
@@ -198,8 +199,8 @@ class DETR(nn.Module):
         memory_pos = grid_embedding(*mask_coordinates(padding), features.shape[1]).to(features.dtype)
         memory = features.flatten(2).transpose(1, 2)
         bias = padding_bias(padding.flatten(1))
-        for layer in self.encoder:
-            memory = layer(memory, memory_pos, bias)
+        for layer in self.encoder:  # a ViT's thousands of tokens: their attention is recomputed, not kept
+            memory = checkpoint(layer, memory, memory_pos, bias, use_reentrant=False) if self.training else layer(memory, memory_pos, bias)
         query_pos = self.query_pos.expand(len(images), -1, -1)
         queries = torch.zeros_like(query_pos)
         outputs = []

@@ -102,7 +102,7 @@ def draw_curves(log_path, out):
     for key in final:
         left.plot(epochs, [row["losses"].get(key) for row in rows], label=key.removeprefix("loss_"))
     left.set(xlabel="epoch", ylabel="loss", yscale="log", title="training losses")
-    left.legend(fontsize=8)
+    left.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=4)  # below: lines are everywhere inside
     measured = [row for row in rows if "AP" in row]
     for key in ("AP", "AP50", "AP75"):
         right.plot([row["epoch"] for row in measured], [row[key] for row in measured], ".-", label=key)

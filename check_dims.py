@@ -9,6 +9,7 @@ Exit status 1 where anything disagrees.
 
 import argparse
 import sys
+from collections import Counter
 
 import torch
 
@@ -28,7 +29,14 @@ def disagreements(name, spec, backbone):
     shapes = {key: tuple(p.shape) for key, p in backbone.named_parameters()}
     blocks = {int(part) for key in shapes for part in [_number_after(key, ("blocks", "layer"))] if part is not None}
     wrong = []
-    if spec.family != "convnext":
+    if spec.family == "convnext":
+        depthwise = Counter(shape[0] for shape in shapes.values() if shape[1:] == (1, 7, 7))  # one in every block
+        if depthwise != Counter(dict(zip(spec.width, spec.depth))):
+            wrong.append(f"blocks by width are {dict(depthwise)}, not {dict(zip(spec.width, spec.depth))}")
+        widest = max(shape[0] for key, shape in shapes.items() if len(shape) == 2)
+        if widest != spec.ffn:
+            wrong.append(f"the widest MLP has {widest}, not {spec.ffn}")
+    else:
         if len(blocks) != spec.depth:
             wrong.append(f"{len(blocks)} blocks, not {spec.depth}")
         if not any(shape in ((spec.width, 3, spec.patch, spec.patch), (spec.width, spec.width // 2, 3, 3)) for shape in shapes.values()):

@@ -33,7 +33,7 @@ DEFAULTS = dict(
     epochs=None, steps=None, minutes=None,
     # optimisation
     batch_size=None, accumulate=1,
-    lr=None, backbone_lr=None,
+    optimizer="muon", lr=None, backbone_lr=None,
     layer_decay=1.0,  # learning rate of each backbone block relative to the next
     weight_decay=1e-4, clip=1.0,
     schedule="linear", warmup=0.03,  # share of the budget
@@ -46,7 +46,7 @@ RECIPES = {
     "default": {},
     "meta": dict(  # arXiv 2005.12872
         detector="detr-2020", augment="meta", image_size=800, num_queries=100, hidden_dim=256, num_heads=8, ffn_dim=2048,
-        decoder_layers=6, dropout=0.1, batch_size=2, epochs=300, lr=1e-4, backbone_lr=1e-5, clip=0.1, schedule="step", warmup=0.0,
+        decoder_layers=6, dropout=0.1, batch_size=2, epochs=300, optimizer="adamw", lr=1e-4, backbone_lr=1e-5, clip=0.1, schedule="step", warmup=0.0,
         ema=False, freeze_backbone=100.0, keep_every=50, eval_every=1,
     ),
 }  # fmt: skip
@@ -78,6 +78,7 @@ def parse_arguments(description):
     optimisation = parser.add_argument_group("optimisation")
     optimisation.add_argument("--batch-size", type=int, metavar="B", help="pictures a step (default 16; 8 below 1,000 pictures)")
     optimisation.add_argument("--accumulate", type=int, metavar="N", help="batches whose gradients are added up for a step (default 1)")
+    optimisation.add_argument("--optimizer", choices=["muon", "adamw"], help="muon: for the matrices of all that starts from random weights, AdamW for the rest (default; meta: adamw)")
     optimisation.add_argument("--lr", type=float, help="learning rate (default, for a batch of 16: 8e-4 from scratch, 4e-4 otherwise; for others by the square root)")
     optimisation.add_argument("--backbone-lr", type=float, help="the backbone's (default: lr from scratch, lr/10 otherwise)")
     optimisation.add_argument("--layer-decay", type=float, metavar="X", help="a backbone block's learning rate relative to the next one's (default 1)")
@@ -116,7 +117,7 @@ def settle(given, train):
         if s[key] is None:
             s[key] = chosen[key] = value
 
-    choose("image_size", 128 if demo else choose_image_size(train, 240 if nano else 640))
+    choose("image_size", 128 if demo else choose_image_size(train, 224 if nano else 640))
     choose("batch_size", 8 if len(train.records) < 1000 else 16)
     most = train.most_objects
     choose("num_queries", max(100, min(300, 10 * most), 2 * most))  # many more than objects: the best of them are matched
@@ -159,7 +160,7 @@ def choose_image_size(split, smallest):
     side = np.median([min(r.width, r.height) for r in split.records])
     relative = [np.sqrt((b[2] - b[0]) * (b[3] - b[1])) / min(r.width, r.height) for r in split.records for b in r.boxes]
     wanted = 20 / max(float(np.quantile(relative, 0.2)), 1e-3)
-    return int(min(max(wanted, smallest), max(2 * smallest, 640), max(side, smallest)) // 16 * 16)
+    return int(min(max(wanted, smallest), max(2 * smallest, 640), max(side, smallest)) // 32 * 32)
 
 
 def next_free(path):

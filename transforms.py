@@ -84,21 +84,24 @@ def train_transforms(size=SHORT_SIDE, kind="zoom", color_jitter=0.0, rotate=0.0)
 
     "meta" is DETR's own: a flip; then the shortest side drawn from 480..800, or first a window of any proportions cut out.
     "zoom" is the default: a flip; in half of the cases a window of the picture's own proportions; then the shortest side
-    that `draw` picks from 480..800. `draw` is the same for a whole batch, so that hardly any padding is computed.
+    that `draw` picks from the multiples of 32 in 480..800. `draw` is the same for a whole batch and batches are padded to
+    multiples of 32, so that hardly any padding is computed.
     """
     scaled = lambda n: max(16, round(n * size / SHORT_SIDE))
-    sides, longest = [scaled(n) for n in range(480, 801, 32)], scaled(LONG_SIDE)
+    longest = scaled(LONG_SIDE)
     before = [v2.RandomRotation(rotate)] if rotate else []
     before.append(v2.RandomHorizontalFlip())
     after = [ToDetector()]
     if color_jitter:
         after.insert(0, v2.ColorJitter(color_jitter, color_jitter, color_jitter, min(color_jitter / 4, 0.5)))
     if kind == "meta":
+        sides = [scaled(n) for n in range(480, 801, 32)]
         resize = v2.RandomShortestSize(sides, longest, antialias=True)
         zoom = v2.RandomShortestSize([scaled(n) for n in (400, 500, 600)], antialias=True)
         window = v2.Compose([zoom, RandomSizeCrop(scaled(384), scaled(600)), resize])
         return PickOne([v2.Compose([*before, v2.RandomChoice([resize, window]), *after])])
     before.append(v2.RandomApply([RandomZoom(0.5)], p=0.5))
+    sides = sorted({min(n, size) for n in range(32, size + 32, 32) if n >= scaled(480)})
     return PickOne([v2.Compose([*before, v2.RandomShortestSize([side], longest, antialias=True), *after]) for side in sides])
 
 

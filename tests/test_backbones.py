@@ -163,11 +163,16 @@ def test_published_parameter_counts():
     assert BACKBONES["dinov3-vit7b16"].width == 4096
 
 
-def test_the_table_notices_a_backbone_that_is_not_as_it_says():
+@pytest.mark.parametrize("name, others", [
+    ("dinov3-vits16", ("dinov3-vitb16", "dinov2-small", "dinov3-vitl16", "dinov2-small-reg")),
+    ("dinov3-convnext-tiny", ("dinov3-convnext-small", "dinov3-convnext-base", "dinov3-vits16")),
+    ("ecvits", ("ecvitt", "ecvitsplus", "ecvit-nano")),
+])  # fmt: skip
+def test_the_table_notices_a_backbone_that_is_not_as_it_says(name, others):
     with torch.device("meta"):
-        backbone = build_backbone("dinov3-vits16")
-    assert check_dims.disagreements("x", BACKBONES["dinov3-vits16"], backbone) == []
-    for other in ("dinov3-vitb16", "dinov2-small", "dinov3-vitl16", "dinov2-small-reg"):
+        backbone = build_backbone(name)
+    assert check_dims.disagreements("x", BACKBONES[name], backbone) == []
+    for other in others:
         assert check_dims.disagreements("x", BACKBONES[other], backbone), other
 
 

@@ -1,0 +1,51 @@
+import pytest
+import torch
+
+from muon import Muon, orthogonalize
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (16, 80), (80, 16), (3, 16, 40)])
+def test_orthogonalize_keeps_singular_vectors_and_evens_out_the_values(shape):
+    torch.manual_seed(0)
+    x = torch.randn(shape).double()
+    u, s, v = torch.linalg.svd(x, full_matrices=False)
+    inner = u.mT @ orthogonalize(x, 5) @ v.mT
+    values = inner.diagonal(dim1=-2, dim2=-1)
+    assert (inner - torch.diag_embed(values)).abs().max() < 1e-9
+    large = s > 0.02 * s.norm(dim=-1, keepdim=True)
+    assert 0.5 < values[large].min() and values[large].max() < 1.3
+
+
+def test_agrees_with_torch_muon():
+    """torch's own takes matrices only, one by one, in bfloat16."""
+    torch.manual_seed(0)
+    start = [torch.randn(shape) for shape in [(32, 32), (32, 32), (16, 48), (48, 16)]]
+    ours, theirs = ([torch.nn.Parameter(w.clone()) for w in start] for _ in range(2))
+    a = Muon(ours, lr=0.02, momentum=0.9, weight_decay=0.1, iterations=5)
+    b = torch.optim.Muon(theirs, lr=0.02, momentum=0.9, weight_decay=0.1, ns_steps=5)
+    for _ in range(5):
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn(p.shape)
+            q.grad = p.grad.clone()
+        a.step()
+        b.step()
+    for p, q, w in zip(ours, theirs, start):
+        assert (p - q).norm() < 0.02 * (q - w).norm()
+
+
+def test_a_convolution_is_a_matrix():
+    torch.manual_seed(0)
+    matrix = torch.nn.Parameter(torch.randn(16, 8 * 9))
+    conv = torch.nn.Parameter(matrix.detach().view(16, 8, 3, 3).clone(memory_format=torch.channels_last))
+    matrix.grad = torch.randn(16, 8 * 9)
+    conv.grad = matrix.grad.view(16, 8, 3, 3).clone(memory_format=torch.channels_last)
+    Muon([matrix], lr=0.02).step()
+    Muon([conv], lr=0.02).step()
+    torch.testing.assert_close(conv.detach().flatten(1), matrix.detach())
+
+
+def test_parameters_without_gradient_stay():
+    frozen, trained = torch.nn.Parameter(torch.ones(16, 16)), torch.nn.Parameter(torch.ones(16, 16))
+    trained.grad = torch.ones(16, 16)
+    Muon([frozen, trained], lr=0.1).step()
+    assert (frozen == 1).all() and (trained != 1).all()

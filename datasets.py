@@ -74,9 +74,8 @@ def read_image(path, upright=True):
 class DetectionDataset(torch.utils.data.Dataset):
     """Records as (image, target) after `transforms`; decoded pictures are kept in memory up to `cache_bytes`.
 
-    Indexed by (index, seed, draw) as well as by index: the augmentation depends on nothing but the seed and on `draw`, a
-    number in [0, 1) that a whole batch shares, whichever process draws it and whenever; so a resumed run sees the same
-    pictures.
+    Indexed by (index, seed, draw) as well as by index: the augmentation depends on nothing but the seed and on `draw`, see
+    EndlessBatches, whichever process draws it and whenever; so a resumed run sees the same pictures.
     """
 
     def __init__(self, split, transforms, cache_bytes=0):
@@ -88,7 +87,7 @@ class DetectionDataset(torch.utils.data.Dataset):
         return len(self.split.records)
 
     def __getitem__(self, index):
-        index, seed, draw = index if isinstance(index, tuple) else (index, index, 0.0)
+        index, seed, draw = index if isinstance(index, tuple) else (index, index, None)
         image, target = self.load(index)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -119,10 +118,14 @@ class DetectionDataset(torch.utils.data.Dataset):
 
 class EndlessBatches:
     """Batches of (index, seed, draw) without end, for DataLoader's batch_sampler: permutation after permutation of the data set,
-    each picture once in each, cut into full batches. `first` batches are left out, to go on where a run was stopped."""
+    each picture once in each, cut into full batches. `first` batches are left out, to go on where a run was stopped.
 
-    def __init__(self, length, batch_size, seed, first=0):
-        self.length, self.batch_size, self.seed, self.first = length, batch_size, seed, first
+    `draw` is a number in [0, 1) that a whole batch shares, or None in the first `plain_passes` passes over the data: while
+    every picture is new there is nothing to gain from showing it in parts.
+    """
+
+    def __init__(self, length, batch_size, seed, first=0, plain_passes=8):
+        self.length, self.batch_size, self.seed, self.first, self.plain_passes = length, batch_size, seed, first, plain_passes
 
     def __iter__(self):
         start = self.first * self.batch_size
@@ -133,7 +136,8 @@ class EndlessBatches:
                 order = torch.randperm(self.length, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + round_)).tolist()
             seed = (self.seed * 1_000_003 + position) % 2**31
             if not batch:
-                draw = float(torch.rand((), generator=torch.Generator().manual_seed(seed)))
+                plain = round_ < self.plain_passes
+                draw = None if plain else float(torch.rand((), generator=torch.Generator().manual_seed(seed)))
             batch.append((order[place], seed, draw))
             if len(batch) == self.batch_size:
                 yield batch
@@ -150,7 +154,6 @@ def collate(batch, divisor=32):
         row[:, : image.shape[1], : image.shape[2]] = image
         row_mask[: image.shape[1], : image.shape[2]] = False
     return padded, mask, list(targets)
-
 
 
 # Layouts

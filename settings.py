@@ -59,7 +59,8 @@ def parse_arguments(description):
     data.add_argument("--data", metavar="DIR", help="a COCO or Pascal VOC data set (default: the demo, drawn into data/demo)")
     data.add_argument("--train-split", metavar="NAME", help="its part to train on, e.g. trainval")
     data.add_argument("--val-split", metavar="NAME", help="its part to evaluate on, e.g. test")
-    data.add_argument("--image-size", type=int, metavar="S", help="shortest side in evaluation; training draws S*0.6 .. S, and longest sides are S*1.67 at most (default: chosen from the objects' sizes)")
+    data.add_argument("--image-size", type=int, metavar="S", help="shortest side in evaluation; training draws S*0.6 .. S after its first passes, and longest sides are S*1.67 at most (default: chosen from the objects' sizes)")
+    data.add_argument("--augment", choices=["zoom", "meta"], help="windows of the picture's own proportions, or DETR's crops (default zoom; meta: meta)")
     data.add_argument("--color-jitter", type=float, metavar="X", help="brightness, contrast and saturation changed by up to this share (default 0)")
     data.add_argument("--rotate", type=float, metavar="DEG", help="rotation by up to this many degrees (default 0)")
     data.add_argument("--workers", type=int, metavar="N", help="processes that prepare pictures")
@@ -71,6 +72,7 @@ def parse_arguments(description):
     model.add_argument("--freeze-backbone", metavar="N", help="epochs before the backbone is trained, or all (default 0; meta: 100)")
     model.add_argument("--checkpoint-activations", action="store_true", help="recompute the backbone's activations: less memory, slower")
     model.add_argument("--num-queries", type=int, metavar="Q", help="most objects that can be found in a picture (default: 100 to 300, ten times the most in a training picture, never under twice)")
+    model.add_argument("--decoder-layers", type=int, metavar="N", help="(default 3, with ecvit-nano 2; meta: 6)")
     budget = parser.add_argument_group("budget (the first that is used up ends the run; the schedule follows it)")
     budget.add_argument("--epochs", type=int, metavar="N")
     budget.add_argument("--steps", type=int, metavar="N")
@@ -82,7 +84,7 @@ def parse_arguments(description):
     optimisation.add_argument("--lr", type=float, help="learning rate (default, for a batch of 16: 8e-4 from scratch, 4e-4 otherwise; for others by the square root)")
     optimisation.add_argument("--backbone-lr", type=float, help="the backbone's (default: lr from scratch, lr/10 otherwise)")
     optimisation.add_argument("--layer-decay", type=float, metavar="X", help="a backbone block's learning rate relative to the next one's (default 1)")
-    optimisation.add_argument("--weight-decay", type=float, metavar="X", help="not on norms and biases (default 1e-4)")
+    optimisation.add_argument("--weight-decay", type=float, metavar="X", help="AdamW's, not on norms and biases (default 1e-4)")
     optimisation.add_argument("--clip", type=float, metavar="X", help="longest gradient (default 1; meta: 0.1; 0: none)")
     optimisation.add_argument("--no-ema", dest="ema", action="store_false", help="evaluate and keep the last weights, not their running average")
     optimisation.add_argument("--precision", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 where the device is fast at it")
@@ -124,7 +126,7 @@ def settle(given, train):
     choose("hidden_dim", 128 if nano else 256)
     choose("num_heads", s["hidden_dim"] // 32)
     choose("ffn_dim", 4 * s["hidden_dim"])
-    choose("decoder_layers", 2 if s["image_size"] < 192 else 3)
+    choose("decoder_layers", 2 if nano else 3)
     if s["epochs"] is s["steps"] is s["minutes"] is None:
         pictures = len(train.records)
         chosen["epochs"] = s["epochs"] = 40 if demo else 100 if pictures < 5000 else 50 if pictures < 20000 else 24
@@ -143,7 +145,7 @@ def settle(given, train):
         s["freeze_backbone"] = math.inf if s["freeze_backbone"] == "all" else float(s["freeze_backbone"])
     except ValueError:
         raise UserError(f"--freeze-backbone takes a number of epochs or all, not {s['freeze_backbone']}") from None
-    for key in ("batch_size", "accumulate", "image_size", "num_queries", "epochs", "steps", "minutes"):
+    for key in ("batch_size", "accumulate", "image_size", "num_queries", "decoder_layers", "epochs", "steps", "minutes"):
         if s[key] is not None and s[key] <= 0:
             raise UserError(f"--{key.replace('_', '-')} has to be more than 0, not {s[key]}")
     if s["precision"] == "auto":

@@ -36,6 +36,7 @@ from settings import parse_arguments, settle
 from transforms import eval_transforms, train_transforms
 
 MUON_LR = 30  # Muon's learning rate relative to AdamW's: 0.024 beside 8e-4
+MUON_DECAY = 0.1
 
 
 def main():
@@ -239,9 +240,12 @@ def build_optimizers(model, s):
         if name.startswith("backbone."):
             lr = s["backbone_lr"] * s["layer_decay"] ** (last - depths[name.removeprefix("backbone.")])
             from_scratch = s["backbone_weights"] == "none"
-        decay = s["weight_decay"] if parameter.ndim > 1 else 0.0
         muon = s["optimizer"] == "muon" and from_scratch and is_inner_matrix(name, parameter)
-        groups.setdefault((muon, MUON_LR * lr if muon else lr, decay), []).append(parameter)
+        if muon:
+            lr, decay = MUON_LR * lr, MUON_DECAY
+        else:
+            decay = s["weight_decay"] if parameter.ndim > 1 else 0.0
+        groups.setdefault((muon, lr, decay), []).append(parameter)
     groups = [(muon, {"params": parameters, "lr": lr, "peak_lr": lr, "weight_decay": decay}) for (muon, lr, decay), parameters in groups.items()]
     optimizers = [torch.optim.AdamW([group for muon, group in groups if not muon], fused=True)]
     if any(muon for muon, _ in groups):

@@ -70,13 +70,14 @@ class ToDetector(v2.Transform):
 
 
 class PickOne:
-    """(image, target, draw in [0, 1)) -> (image, target), by the transform that draw picks."""
+    """(image, target, draw) -> (image, target), by the transform that draw in [0, 1) picks, or by `plain` where it is None."""
 
-    def __init__(self, transforms):
-        self.transforms = transforms
+    def __init__(self, plain, transforms=()):
+        self.plain, self.transforms = plain, transforms
 
     def __call__(self, image, target, draw):
-        return self.transforms[int(draw * len(self.transforms))](image, target)
+        transform = self.transforms[int(draw * len(self.transforms))] if self.transforms and draw is not None else self.plain
+        return transform(image, target)
 
 
 def train_transforms(size=SHORT_SIDE, kind="zoom", color_jitter=0.0, rotate=0.0):
@@ -85,7 +86,7 @@ def train_transforms(size=SHORT_SIDE, kind="zoom", color_jitter=0.0, rotate=0.0)
     "meta" is DETR's own: a flip; then the shortest side drawn from 480..800, or first a window of any proportions cut out.
     "zoom" is the default: a flip; in half of the cases a window of the picture's own proportions; then the shortest side
     that `draw` picks from the multiples of 32 in 480..800. `draw` is the same for a whole batch and batches are padded to
-    multiples of 32, so that hardly any padding is computed.
+    multiples of 32, so that hardly any padding is computed. Where `draw` is None: a flip, the whole picture, at 800.
     """
     scaled = lambda n: max(16, round(n * size / SHORT_SIDE))
     longest = scaled(LONG_SIDE)
@@ -95,16 +96,16 @@ def train_transforms(size=SHORT_SIDE, kind="zoom", color_jitter=0.0, rotate=0.0)
     if color_jitter:
         after.insert(0, v2.ColorJitter(color_jitter, color_jitter, color_jitter, min(color_jitter / 4, 0.5)))
     if kind == "meta":
-        sides = [scaled(n) for n in range(480, 801, 32)]
-        resize = v2.RandomShortestSize(sides, longest, antialias=True)
+        resize = v2.RandomShortestSize([scaled(n) for n in range(480, 801, 32)], longest, antialias=True)
         zoom = v2.RandomShortestSize([scaled(n) for n in (400, 500, 600)], antialias=True)
         window = v2.Compose([zoom, RandomSizeCrop(scaled(384), scaled(600)), resize])
-        return PickOne([v2.Compose([*before, v2.RandomChoice([resize, window]), *after])])
-    before.append(v2.RandomApply([RandomZoom(0.5)], p=0.5))
+        return PickOne(v2.Compose([*before, v2.RandomChoice([resize, window]), *after]))
+    whole = lambda side: v2.RandomShortestSize([side], longest, antialias=True)
+    window = v2.RandomApply([RandomZoom(0.5)], p=0.5)
     sides = sorted({min(n, size) for n in range(32, size + 32, 32) if n >= scaled(480)})
-    return PickOne([v2.Compose([*before, v2.RandomShortestSize([side], longest, antialias=True), *after]) for side in sides])
+    return PickOne(v2.Compose([*before, whole(size), *after]), [v2.Compose([*before, window, whole(side), *after]) for side in sides])
 
 
 def eval_transforms(size=SHORT_SIDE):
     """The shortest side `size`, the longest 1333/800 of it at most."""
-    return PickOne([v2.Compose([v2.RandomShortestSize([size], round(size * LONG_SIDE / SHORT_SIDE), antialias=True), ToDetector()])])
+    return PickOne(v2.Compose([v2.RandomShortestSize([size], round(size * LONG_SIDE / SHORT_SIDE), antialias=True), ToDetector()]))

@@ -1,3 +1,4 @@
+import itertools
 import json
 import pickle
 import shutil
@@ -104,7 +105,7 @@ def test_a_picture_without_boxes_is_kept(tmp_path):
     edit(root / "annotations/instances_train.json", lambda data: data.update(annotations=[a for a in data["annotations"] if a["image_id"] != 10]))
     train, _ = load_splits(root)
     assert len(train.records) == 2 and "1 pictures have no box (kept: they teach what is background)" in train.remarks
-    for draw in (0.0, 0.9):
+    for draw in (None, 0.0, 0.9):
         image, target = DetectionDataset(train, train_transforms(48))[0, 1, draw]
         assert target["boxes"].shape == (0, 4) and image.ndim == 3
 
@@ -217,7 +218,7 @@ def test_boxes_follow_the_picture_through_the_training_transforms(kind):
             "boxes": tv_tensors.BoundingBoxes([[x, y, x + bw, y + bh]], format="XYXY", canvas_size=(h, w), dtype=torch.float32),
             "labels": torch.tensor([3]), "area": torch.tensor([1.0]), "iscrowd": torch.tensor([0]),
         }  # fmt: skip
-        image, target = transform(tv_tensors.Image(pixels), target, float(torch.rand(())))
+        image, target = transform(tv_tensors.Image(pixels), target, float(torch.rand(())) if seed % 6 else None)
         H, W = target["size"].tolist()
         shapes.add((H, W))
         assert image.shape == (3, H, W) and max(H, W) <= 334
@@ -257,6 +258,14 @@ def test_the_endless_stream_shows_every_picture_once_a_round_and_goes_on_anywher
     assert take(8, first=7) == batches[7:]
     assert len({item[1] for batch in batches for item in batch}) == 60  # no augmentation twice
     assert all(len({item[2] for item in batch}) == 1 for batch in batches)
+
+
+def test_the_first_passes_show_whole_pictures(tiny_data):
+    batches = list(itertools.islice(EndlessBatches(6, 3, seed=1, plain_passes=2), 8))
+    assert [batch[0][2] is None for batch in batches] == [True] * 4 + [False] * 4
+    data = DetectionDataset(load_splits(tiny_data)[0], train_transforms(96))
+    assert {tuple(data[0, seed, None][1]["size"].tolist()) for seed in range(10)} == {(96, 128)}
+    assert len({tuple(data[0, seed, seed / 10][1]["size"].tolist()) for seed in range(10)}) > 1
 
 
 def test_a_seed_decides_the_augmentation_and_leaves_the_global_generator_alone(tiny_data):

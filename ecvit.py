@@ -22,9 +22,9 @@ CONFIGS = {
 class ConvNorm(nn.Module):
     """Convolution without bias, then batch normalisation."""
 
-    def __init__(self, in_dim, out_dim, kernel_size, stride=1):
+    def __init__(self, in_dim, out_dim, kernel_size, stride=1, groups=1):
         super().__init__()
-        self.conv = nn.Conv2d(in_dim, out_dim, kernel_size, stride, padding=kernel_size // 2, bias=False)
+        self.conv = nn.Conv2d(in_dim, out_dim, kernel_size, stride, padding=kernel_size // 2, groups=groups, bias=False)
         self.norm = nn.BatchNorm2d(out_dim)
 
     def forward(self, x):

@@ -94,7 +94,7 @@ def test_a_stopped_run_ends_with_the_same_weights_as_one_never_stopped(recipe, t
     assert whole.returncode == 0, whole.stderr
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, arguments), "--out", str(tmp_path / "stopped")], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
-    while not (tmp_path / "stopped" / "log.jsonl").exists() and process.poll() is None:
+    while not (tmp_path / "stopped" / "train_batch.png").exists() and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     output = process.communicate(timeout=120)[0]

@@ -1,0 +1,103 @@
+"""ECDet's losses: scores by quality, boxes by L1 and GIoU, edges by their distributions (D-FINE, arXiv 2410.13842).
+
+All outputs share one set of (query, object) pairs for their boxes and edges, the union of what each would match on its own.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from detr_loss import pairwise_giou, quality_loss, to_xyxy
+from ecdet_model import REG_MAX, REG_SCALE, bin_distances
+
+TEMPERATURE = 5.0  # of the distributions that earlier layers learn from the last
+
+
+class RefinementCriterion(nn.Module):
+    """matcher: HungarianMatcher. Weights: MAL 1, L1 5, GIoU 2, FGL 0.15, DDF 1.5."""
+
+    def __init__(self, matcher):
+        super().__init__()
+        self.matcher = matcher
+        self.weights = {"class": 1.0, "bbox": 5.0, "giou": 2.0, "fgl": 0.15, "ddf": 1.5}
+
+    def forward(self, outputs, targets):
+        """outputs: ECDet's in training; targets: B dicts with `labels` (T,) and `boxes` (T, 4) -> {name: weighted scalar}."""
+        refined = [*outputs["aux_outputs"], outputs]
+        layers = [*refined, outputs["pre"], outputs["enc"]]
+        suffixes = [f"_aux_{i}" for i in range(len(refined) - 1)] + ["", "_pre", "_enc"]
+        logits, boxes = (torch.stack([layer[key] for layer in layers]).float() for key in ("pred_logits", "pred_boxes"))
+        counts = torch.tensor([len(t["labels"]) for t in targets], device=logits.device)
+        layer, image, query, number = self.matcher(logits, boxes, targets)
+        labels, wanted = (torch.cat([t[key] for t in targets]) for key in ("labels", "boxes"))
+        target = counts.cumsum(0)[image] - counts[image] + number
+
+        quality = torch.zeros_like(logits)
+        iou = pairwise_giou(to_xyxy(boxes[layer, image, query].detach()), to_xyxy(wanted[target].float()))[0]
+        quality[layer, image, query, labels[target]] = iou.clamp(min=1e-4) ** 1.5
+        terms = {"class": quality_loss(logits, quality).sum((1, 2)) / counts.sum().clamp(min=1)}
+
+        image, query, target = union_of_matches(image, query, target, logits.shape[2])
+        total = max(1, len(image))
+        predicted, wanted = boxes[:, image, query], wanted[target].float()
+        iou, giou = pairwise_giou(to_xyxy(predicted), to_xyxy(wanted))
+        terms["bbox"] = (predicted - wanted).abs().sum((1, 2)) / total
+        terms["giou"] = (1 - giou).sum(1) / total
+
+        corners = torch.stack([output["pred_corners"] for output in refined]).unflatten(-1, (4, REG_MAX + 1))
+        iou = iou[: len(refined)].detach()
+        distances = edge_distances(outputs["initial_boxes"][image, query], wanted)
+        terms["fgl"] = (fine_grained_loss(corners[:, image, query], distances) * iou[..., None]).sum((1, 2)) / total
+        weight = logits[len(refined) - 1].detach().sigmoid().amax(-1).repeat(len(refined) - 1, 1, 1)
+        weight[:, image, query] = iou[:-1]
+        matched = torch.zeros_like(weight[0], dtype=torch.bool)
+        matched[image, query] = True
+        terms["ddf"] = distillation_loss(corners[:-1], corners[-1].detach(), weight, matched)
+        return {f"loss_{name}{suffix}": self.weights[name] * value for name, values in terms.items() for suffix, value in zip(suffixes, values)}
+
+
+def union_of_matches(image, query, target, num_queries):
+    """Matches (M,) of several outputs -> each (image, query) once, with the target that it was matched to most often, (U,) each."""
+    if len(image) == 0:
+        return image, query, target
+    pairs, count = torch.stack([image * num_queries + query, target], dim=1).unique(dim=0, return_counts=True)
+    pairs = pairs[count.argsort(descending=True, stable=True)]
+    pairs = pairs[pairs[:, 0].argsort(stable=True)]  # by query; within one, the most frequent first
+    first = torch.cat([pairs.new_ones(1, dtype=torch.bool), pairs[1:, 0] != pairs[:-1, 0]])
+    place, target = pairs[first].T
+    return place // num_queries, place % num_queries, target
+
+
+def edge_distances(initial, wanted):
+    """How far the edges of wanted (M, 4) lie outside those of initial (M, 4), both cxcywh, in units of W(n) -> (M, 4): l, t, r, b."""
+    x1, y1, x2, y2 = to_xyxy(wanted).unbind(-1)
+    x, y, w, h = initial.unbind(-1)
+    w, h = w / REG_SCALE + 1e-16, h / REG_SCALE + 1e-16
+    return torch.stack([(x - x1) / w, (y - y1) / h, (x2 - x) / w, (y2 - y) / h], dim=-1) - 0.5 * REG_SCALE
+
+
+def fine_grained_loss(corners, distances):
+    """corners (L, M, 4, 33) logits, distances (M, 4) -> (L, M, 4): cross-entropy against the two bins next to the distance,
+    each weighed by how near it is."""
+    bins = bin_distances(corners.device)
+    distances = distances.clamp(bins[0], bins[-1])
+    left = (torch.searchsorted(bins, distances.contiguous(), right=True) - 1).clamp(0, REG_MAX - 1)
+    right_share = (distances - bins[left]) / (bins[left + 1] - bins[left])
+    log_p = corners.log_softmax(-1)
+    at = lambda index: -log_p.gather(-1, index.expand(len(corners), -1, -1)[..., None])[..., 0]
+    return at(left) * (1 - right_share) + at(left + 1) * right_share
+
+
+def distillation_loss(corners, teacher, weight, matched):
+    """corners (L, B, Q, 4, 33) learn teacher (B, Q, 4, 33) by KL divergence; weight (L, B, Q); matched (B, Q) -> (L,).
+
+    The means over matched and over unmatched queries are averaged by the square roots of their numbers.
+    """
+    student = (corners / TEMPERATURE).log_softmax(-1)
+    divergence = F.kl_div(student, (teacher / TEMPERATURE).softmax(-1).expand_as(student), reduction="none").sum(-1)
+    loss = divergence.mean(-1) * weight * TEMPERATURE**2
+    parts, shares = [], []
+    for mask in (matched, ~matched):
+        parts.append((loss * mask).sum((1, 2)) / mask.sum().clamp(min=1))
+        shares.append(mask.sum().float().sqrt())
+    return (parts[0] * shares[0] + parts[1] * shares[1]) / (shares[0] + shares[1])

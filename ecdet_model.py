@@ -1,0 +1,325 @@
+"""ECDet (arXiv 2603.18739): hybrid encoder, query selection, and a deformable decoder that refines edge distributions.
+
+Module names follow the released files, so `ecdet_s.pth` and its sisters load as they are. The decoder is D-FINE's (arXiv
+2410.13842) without value and output projections in its deformable attention, and with gates for residuals around it.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from detr_model import Mlp
+from ecvit import ConvNorm
+
+HEADS, POINTS = 8, (3, 6, 3)  # sampling points on each level
+REG_MAX, REG_SCALE, UP = 32, 4.0, 0.5  # bins of an edge's distribution, its scale, its widest reach
+TOP_BINS = 4  # of an edge's distribution, as evidence of its quality
+
+
+class ConvNormAct(ConvNorm):
+    """Convolution, batch normalisation, SiLU."""
+
+    def forward(self, x):
+        return F.silu(super().forward(x))
+
+
+class RepVgg(nn.Module):
+    """A 3x3 and a 1x1 convolution side by side, each normalised; SiLU of their sum (arXiv 2101.03697)."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.conv1, self.conv2 = ConvNorm(dim, dim, 3), ConvNorm(dim, dim, 1)
+
+    def forward(self, x):
+        return F.silu(self.conv1(x) + self.conv2(x))
+
+
+class CspStage(nn.Module):
+    """Half of the channels pass by, half go through `depth` RepVGG blocks; the two are added."""
+
+    def __init__(self, in_dim, dim, depth):
+        super().__init__()
+        self.conv1 = ConvNormAct(in_dim, 2 * dim, 1)
+        self.bottlenecks = nn.Sequential(*(RepVgg(dim) for _ in range(depth)))
+
+    def forward(self, x):
+        past, through = self.conv1(x).chunk(2, dim=1)
+        return past + self.bottlenecks(through)
+
+
+class FuseBlock(nn.Module):
+    """What mixes a level of the pyramid after its neighbour was added: (B, C, H, W) -> the same."""
+
+    def __init__(self, dim, expansion, depth):
+        super().__init__()
+        inner = round(expansion * dim // 2)
+        self.cv1 = ConvNormAct(dim, 2 * dim, 1)
+        self.cv2 = nn.Sequential(CspStage(dim, inner, depth))
+        self.cv3 = nn.Sequential(CspStage(inner, inner, depth))
+        self.cv4 = ConvNormAct(2 * (dim + inner), dim, 1)
+
+    def forward(self, x):
+        pieces = list(self.cv1(x).chunk(2, dim=1))
+        pieces.append(self.cv2(pieces[-1]))
+        pieces.append(self.cv3(pieces[-1]))
+        return self.cv4(torch.cat(pieces, dim=1))
+
+
+class Downsample(nn.Module):
+    """1x1 over channels, then 3x3 of stride 2 in each channel."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.cv1, self.cv2 = ConvNorm(dim, dim, 1), ConvNorm(dim, dim, 3, stride=2, groups=dim)
+
+    def forward(self, x):
+        return self.cv2(self.cv1(x))
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention and feed-forward among the cells of one level; each added, then normalised."""
+
+    def __init__(self, dim, ffn_dim):
+        super().__init__()
+        self.self_attn = nn.MultiheadAttention(dim, HEADS, batch_first=True)
+        self.linear1, self.linear2 = nn.Linear(dim, ffn_dim), nn.Linear(ffn_dim, dim)
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+
+    def forward(self, x, pos):
+        q = x + pos
+        x = self.norm1(x + self.self_attn(q, q, x, need_weights=False)[0])
+        return self.norm2(x + self.linear2(F.silu(self.linear1(x))))
+
+
+def position_embedding(h, w, dim, device=None):
+    """Sines and cosines of x, then of y -> (h * w, dim). Its rows run with x as the outer axis although the tokens that they
+    are added to run with y outermost: the released weights were trained so, and on square maps it makes no difference to
+    what can be learnt."""
+    frequency = 10000.0 ** -(torch.arange(dim // 4, device=device) / (dim // 4))
+    x = torch.arange(w, device=device).repeat_interleave(h)[:, None] * frequency
+    y = torch.arange(h, device=device).repeat(w)[:, None] * frequency
+    return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1)
+
+
+class HybridEncoder(nn.Module):
+    """Maps at strides 8, 16, 32, all of width C -> the same, mixed: attention on the coarsest, then down and up the pyramid."""
+
+    def __init__(self, dim, ffn_dim, expansion, depth, levels=3):
+        super().__init__()
+        layer = nn.Module()
+        layer.layers = nn.ModuleList([EncoderLayer(dim, ffn_dim)])
+        self.encoder = nn.ModuleList([layer])
+        self.lateral_convs = nn.ModuleList(ConvNorm(dim, dim, 1) for _ in range(levels - 1))
+        self.fpn_blocks = nn.ModuleList(FuseBlock(dim, expansion, depth) for _ in range(levels - 1))
+        self.downsample_convs = nn.ModuleList(nn.Sequential(Downsample(dim)) for _ in range(levels - 1))
+        self.pan_blocks = nn.ModuleList(FuseBlock(dim, expansion, depth) for _ in range(levels - 1))
+
+    def forward(self, maps):
+        x = maps[-1]
+        pos = position_embedding(*x.shape[-2:], x.shape[1], x.device).to(x.dtype)
+        tokens = self.encoder[0].layers[0](x.flatten(2).transpose(1, 2), pos)
+        x = tokens.transpose(1, 2).unflatten(2, x.shape[-2:])
+        waiting = []
+        for lateral, fuse, finer in zip(self.lateral_convs, self.fpn_blocks, maps[-2::-1]):
+            waiting.append(lateral(x))
+            x = fuse(F.interpolate(waiting[-1], scale_factor=2.0, mode="nearest") + finer)
+        levels = [x]
+        for downsample, fuse, coarser in zip(self.downsample_convs, self.pan_blocks, waiting[::-1]):
+            levels.append(fuse(downsample(levels[-1]) + coarser))
+        return levels
+
+
+class DeformableAttention(nn.Module):
+    """Each head of each query looks at a few points around its box on every level (arXiv 2010.04159), in the memory itself."""
+
+    def __init__(self, dim):
+        super().__init__()
+        total = sum(POINTS)
+        self.sampling_offsets = nn.Linear(dim, HEADS * total * 2)
+        self.attention_weights = nn.Linear(dim, HEADS * total)
+        scale = [1 / n for n in POINTS for _ in range(n)]
+        self.register_buffer("num_points_scale", torch.tensor(scale))
+        nn.init.zeros_(self.sampling_offsets.weight)
+        angles = torch.arange(HEADS) * (2 * math.pi / HEADS)
+        ray = torch.stack([angles.cos(), angles.sin()], dim=-1)
+        ray = ray / ray.abs().amax(-1, keepdim=True)
+        steps = torch.cat([torch.arange(1, n + 1) for n in POINTS])
+        with torch.no_grad():  # every head starts along a ray of its own
+            self.sampling_offsets.bias.copy_((ray[:, None] * steps[None, :, None]).flatten())
+        for parameter in self.attention_weights.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, query, boxes, levels):
+        """query (B, Q, C), boxes (B, Q, 4) cxcywh in [0, 1], levels: maps (B, C, h, w) -> (B, Q, C)."""
+        batch, queries, dim = query.shape
+        offsets = self.sampling_offsets(query).view(batch, queries, HEADS, -1, 2) * self.num_points_scale[:, None]
+        centre, size = boxes[:, :, None, None, :2], boxes[:, :, None, None, 2:]
+        grid = 2 * (centre + 0.5 * offsets * size) - 1
+        grid = grid.transpose(1, 2).flatten(0, 1)  # (B * heads, Q, points, 2)
+        weights = self.attention_weights(query).view(batch, queries, HEADS, -1).softmax(-1)
+        weights = weights.transpose(1, 2).flatten(0, 1)[:, None]
+        out = 0
+        for level, part, weight in zip(levels, grid.split(POINTS, dim=2), weights.split(POINTS, dim=3)):
+            values = level.reshape(batch * HEADS, dim // HEADS, *level.shape[-2:])
+            out = out + (F.grid_sample(values, part.to(values.dtype), align_corners=False) * weight).sum(-1)
+        return out.view(batch, dim, queries).transpose(1, 2)
+
+
+class Gateway(nn.Module):
+    """Two gates in place of a residual: how much of the old, how much of the new."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.gate = nn.Linear(2 * dim, 2 * dim)
+        self.norm = nn.LayerNorm(dim)
+        nn.init.zeros_(self.gate.weight)
+        nn.init.zeros_(self.gate.bias)
+
+    def forward(self, old, new):
+        a, b = self.gate(torch.cat([old, new], dim=-1)).sigmoid().chunk(2, dim=-1)
+        return self.norm(a * old + b * new)
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, dim, ffn_dim):
+        super().__init__()
+        self.self_attn = nn.MultiheadAttention(dim, HEADS, batch_first=True)
+        self.norm1 = nn.LayerNorm(dim)
+        self.cross_attn = DeformableAttention(dim)
+        self.gateway = Gateway(dim)
+        self.linear1, self.linear2 = nn.Linear(dim, ffn_dim), nn.Linear(ffn_dim, dim)
+        self.norm2 = nn.LayerNorm(dim)
+
+    def forward(self, x, pos, boxes, levels, attn_mask=None):
+        q = x + pos
+        x = self.norm1(x + self.self_attn(q, q, x, attn_mask=attn_mask, need_weights=False)[0])
+        x = self.gateway(x, self.cross_attn(x + pos, boxes, levels))
+        y = self.linear2(F.silu(self.linear1(x)))
+        return self.norm2((x + y).clamp(-65504, 65504))  # float16's range
+
+
+def bin_distances(device=None):
+    """W(n) (33,): the edge distances that a distribution's bins stand for, dense around 0, reaching UP * REG_SCALE twice over."""
+    step = (UP * REG_SCALE + 1) ** (2 / (REG_MAX - 2))
+    inner = [step**k - 1 for k in range(1, REG_MAX // 2)]
+    positive = inner + [2 * UP * REG_SCALE]
+    return torch.tensor([-v for v in reversed(positive)] + [0.0] + positive, device=device)
+
+
+def corners_to_boxes(initial, corners):
+    """initial (..., 4) cxcywh, corners (..., 4 * 33) logits of left, top, right, bottom -> refined boxes (..., 4) cxcywh."""
+    distances = corners.unflatten(-1, (4, REG_MAX + 1)).softmax(-1) @ bin_distances(corners.device)
+    x, y, w, h = initial.unbind(-1)
+    left, top, right, bottom = ((0.5 * REG_SCALE + distances) / REG_SCALE).unbind(-1)
+    x1, y1, x2, y2 = x - left * w, y - top * h, x + right * w, y + bottom * h
+    return torch.stack([(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1], dim=-1)
+
+
+class LocationQuality(nn.Module):
+    """Adds to the scores what the sharpness of the edges' distributions says about the box."""
+
+    def __init__(self):
+        super().__init__()
+        self.reg_conf = Mlp(4 * (TOP_BINS + 1), 64, 1, 2, F.silu)
+        nn.init.zeros_(self.reg_conf.layers[-1].weight)
+        nn.init.zeros_(self.reg_conf.layers[-1].bias)
+
+    def forward(self, scores, corners):
+        top = corners.unflatten(-1, (4, REG_MAX + 1)).softmax(-1).topk(TOP_BINS, dim=-1).values
+        return scores + self.reg_conf(torch.cat([top, top.mean(-1, keepdim=True)], dim=-1).flatten(-2))
+
+
+class RefinementLayers(nn.Module):
+    """The decoder's layers and the quality estimators, in the place where the released files have them."""
+
+    def __init__(self, dim, ffn_dim, layers):
+        super().__init__()
+        self.layers = nn.ModuleList(DecoderLayer(dim, ffn_dim) for _ in range(layers))
+        self.lqe_layers = nn.ModuleList(LocationQuality() for _ in range(layers))
+
+
+class Decoder(nn.Module):
+    """Selects queries from the memory and refines their boxes, layer by layer, as distributions over each edge's distance."""
+
+    def __init__(self, dim, ffn_dim, num_classes, num_queries=300, layers=4):
+        super().__init__()
+        self.num_queries = num_queries
+        self.decoder = RefinementLayers(dim, ffn_dim, layers)
+        self.denoising_class_embed = nn.Embedding(num_classes + 1, dim, padding_idx=num_classes)
+        self.enc_score_head = nn.Linear(dim, num_classes)
+        self.enc_bbox_head = Mlp(dim, dim, 4, 3, F.silu)
+        self.query_pos_head = Mlp(4, dim, dim, 3, F.silu)
+        self.pre_bbox_head = Mlp(dim, dim, 4, 3, F.silu)
+        self.dec_score_head = nn.ModuleList(nn.Linear(dim, num_classes) for _ in range(layers))
+        self.dec_bbox_head = nn.ModuleList(Mlp(dim, dim, 4 * (REG_MAX + 1), 3, F.silu) for _ in range(layers))
+        for head in [self.enc_score_head, *self.dec_score_head]:
+            nn.init.constant_(head.bias, -math.log(99))  # every score starts at 0.01
+        for head in [self.enc_bbox_head, self.pre_bbox_head, *self.dec_bbox_head]:  # every box starts as it was
+            nn.init.zeros_(head.layers[-1].weight)
+            nn.init.zeros_(head.layers[-1].bias)
+
+    def forward(self, levels):
+        """levels: maps (B, C, h, w) at strides 8, 16, 32 -> outputs; in training also `pre`, `enc` and what the losses of the
+        distributions need: `pred_corners` (B, Q, 4 * 33) and the boxes `initial_boxes` (B, Q, 4) that they are relative to."""
+        memory = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1)
+        anchors, valid = make_anchors([level.shape[-2:] for level in levels], memory.device)
+        memory = memory * valid.to(memory.dtype)
+        scores = self.enc_score_head(memory)
+        best = scores.amax(-1).topk(min(self.num_queries, scores.shape[1]), dim=1).indices[..., None]
+        pick = lambda x: x.gather(1, best.expand(-1, -1, x.shape[-1]))
+        tokens = pick(memory)
+        boxes = (self.enc_bbox_head(tokens).float() + pick(anchors.expand(len(memory), -1, -1))).sigmoid()
+        enc = {"pred_logits": pick(scores).float(), "pred_boxes": boxes}
+
+        x, boxes = tokens.detach(), boxes.detach()
+        pos = self.query_pos_head(boxes.to(x.dtype)).clamp(-10, 10)
+        corners, before, outputs = 0, 0, []
+        for i, layer in enumerate(self.decoder.layers):
+            x = layer(x, pos, boxes, levels)
+            if i == 0:
+                boxes = (self.pre_bbox_head(x).float() + boxes.clamp(1e-5, 1 - 1e-5).logit()).sigmoid()
+                pre = {"pred_logits": self.dec_score_head[0](x).float(), "pred_boxes": boxes}
+                initial = boxes.detach()
+            corners = self.dec_bbox_head[i](x + before).float() + corners
+            boxes = corners_to_boxes(initial, corners)
+            if self.training or i == len(self.decoder.layers) - 1:
+                logits = self.decoder.lqe_layers[i](self.dec_score_head[i](x).float(), corners)
+                outputs.append({"pred_logits": logits, "pred_boxes": boxes, "pred_corners": corners, "initial_boxes": initial})
+            boxes, before = boxes.detach(), x.detach()
+        return {**outputs[-1], "aux_outputs": outputs[:-1], **({"pre": pre, "enc": enc} if self.training else {})}
+
+
+def make_anchors(sizes, device=None):
+    """sizes [(h, w)] of the levels, finest first -> anchors (1, N, 4), logits of cxcywh, infinite where invalid, and valid (1, N, 1)."""
+    anchors = []
+    for level, (h, w) in enumerate(sizes):
+        y, x = torch.meshgrid(*((torch.arange(n, device=device) + 0.5) / n for n in (h, w)), indexing="ij")
+        side = torch.full_like(x, 0.05 * 2**level)
+        anchors.append(torch.stack([x, y, side, side], dim=-1).flatten(0, 1))
+    anchors = torch.cat(anchors)[None]
+    valid = ((anchors > 0.01) & (anchors < 0.99)).all(-1, keepdim=True)
+    return anchors.logit().masked_fill(~valid, torch.inf), valid
+
+
+class ECDet(nn.Module):
+    """ECViT (or any backbone with strides 8, 16, 32 and one width) -> hybrid encoder -> decoder."""
+
+    def __init__(self, backbone, dim, num_classes, encoder_ffn, csp_depth, csp_expansion, decoder_ffn, num_queries=300, layers=4):
+        super().__init__()
+        self.backbone = backbone
+        self.encoder = HybridEncoder(dim, encoder_ffn, csp_expansion, csp_depth)
+        self.decoder = Decoder(dim, decoder_ffn, num_classes, num_queries, layers)
+
+    def forward(self, images, mask=None, targets=None):
+        return self.decoder(self.encoder(self.backbone(images)))
+
+
+# width, encoder FFN, CSP depth, CSP expansion, decoder FFN, and the backbone of the released files
+SIZES = {
+    "s": dict(backbone="ecvitt", dim=192, encoder_ffn=512, csp_depth=2, csp_expansion=0.34, decoder_ffn=512),
+    "m": dict(backbone="ecvittplus", dim=256, encoder_ffn=512, csp_depth=2, csp_expansion=0.75, decoder_ffn=1024),
+    "l": dict(backbone="ecvits", dim=256, encoder_ffn=1024, csp_depth=3, csp_expansion=0.75, decoder_ffn=1024),
+    "x": dict(backbone="ecvitsplus", dim=256, encoder_ffn=2048, csp_depth=3, csp_expansion=1.5, decoder_ffn=2048),
+}

@@ -39,8 +39,8 @@ def disagreements(name, spec, backbone):
     else:
         if len(blocks) != spec.depth:
             wrong.append(f"{len(blocks)} blocks, not {spec.depth}")
-        embedding = [shape for key, shape in shapes.items() if "patch_embed" in key and len(shape) == 4][-1]
-        if embedding not in ((spec.width, 3, spec.patch, spec.patch), (spec.width, spec.width // 2, 3, 3)):
+        embedding = [shape for key, shape in shapes.items() if "patch_embed" in key and len(shape) == 4]
+        if not embedding or embedding[-1] not in ((spec.width, 3, spec.patch, spec.patch), (spec.width, spec.width // 2, 3, 3)):
             wrong.append(f"no patch embedding of width {spec.width} and patch {spec.patch}")
         registers = [shape[1] for key, shape in shapes.items() if "register" in key] or [0]
         if registers[0] != spec.registers:

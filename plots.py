@@ -95,7 +95,7 @@ def draw_curves(log_path, out):
     import matplotlib.pyplot as plt
 
     rows = [json.loads(line) for line in Path(log_path).read_text().splitlines()]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), sharex=True, layout="constrained")
     epochs = [row["epoch"] for row in rows]
     final = sorted(key for key in rows[-1]["losses"] if "aux" not in key)
     left.plot(epochs, [sum(row["losses"].values()) for row in rows], "k", label="total")

@@ -42,8 +42,8 @@ MUON_DECAY = 0.1
 def main():
     given, resume = parse_arguments(__doc__)
     saved = read_checkpoint(Path(resume) / "last.pth") if resume else None
-    if saved and "training" not in saved:
-        raise UserError(f"{resume}/last.pth: holds weights only, nothing to go on from")
+    if saved and "optimizers" not in saved.get("training", {}):
+        raise UserError(f"{resume}/last.pth: holds no optimiser's state, or one of an earlier version; infer.py and evaluate.py still open it")
 
     # Data
     train, val = prepare_data(saved["config"] if saved else given)

@@ -193,3 +193,14 @@ def test_it_learns(tmp_path, monkeypatch, capsys):
     status, out, error = called(train.main, arguments, monkeypatch, capsys)
     assert status == 0, error
     assert json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])["AP50"] > 0.5
+
+
+def test_a_run_without_its_optimisers_is_not_gone_on_with(finished_run, tmp_path, monkeypatch, capsys):
+    """best.pth in last.pth's place, or the last.pth of an earlier version, which had one optimiser."""
+    content = torch.load(finished_run[1] / "last.pth", weights_only=True)
+    content["training"]["optimizer"] = content["training"].pop("optimizers")[0]
+    for number, saved in enumerate((content, {key: value for key, value in content.items() if key != "training"})):
+        (tmp_path / str(number)).mkdir()
+        torch.save(saved, tmp_path / str(number) / "last.pth")
+        status, _, err = called(train.main, ["--resume", tmp_path / str(number)], monkeypatch, capsys)
+        assert status == 2 and err.count("\n") == 1 and "no optimiser's state" in err

@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+import train
+from detr_model import build_model
 from muon import Muon, orthogonalize
 
 
@@ -49,3 +51,26 @@ def test_parameters_without_gradient_stay():
     trained.grad = torch.ones(16, 16)
     Muon([frozen, trained], lr=0.1).step()
     assert (frozen == 1).all() and (trained != 1).all()
+
+
+@pytest.mark.parametrize("weights, optimizer", [("none", "muon"), ("file.pth", "muon"), ("none", "adamw")])
+def test_muon_gets_the_inner_matrices_of_what_is_not_pretrained(weights, optimizer):
+    config = dict(
+        detector="detr", backbone="ecvit-nano", backbone_weights=None, num_classes=20, num_queries=20, hidden_dim=32, num_heads=2,
+        ffn_dim=64, decoder_layers=2, dropout=0.0,
+    )  # fmt: skip
+    model = build_model(config)[0]
+    settings = dict(optimizer=optimizer, backbone_weights=weights, lr=1e-3, backbone_lr=1e-4, layer_decay=1.0, weight_decay=1e-4)
+    optimizers = train.build_optimizers(model, settings)
+    names = {id(p): name for name, p in model.named_parameters()}
+    adamw, *rest = [[names.pop(id(p)) for group in o.param_groups for p in group["params"]] for o in optimizers]
+    assert not names  # each parameter once
+    if optimizer == "adamw":
+        assert rest == []
+        return
+    (muon,) = rest
+    assert {"neck.mix.0.1.weight", "layers.0.linear1.weight", "layers.1.cross_attn.q_proj.weight", "dense_box.layers.0.weight"} <= set(muon)
+    assert {"dense_class.weight", "class_heads.1.weight", "dense_box.layers.2.weight", "memory_norm.weight"} <= set(adamw)
+    in_backbone = [name for name in muon if name.startswith("backbone.")]
+    assert len(in_backbone) == 0 if weights != "none" else any("blocks.5.mlp.fc2" in name for name in in_backbone)
+    assert all(group["lr"] in ((0.03, 0.003) if weights == "none" else (0.03,)) for group in optimizers[1].param_groups)

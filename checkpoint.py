@@ -1,14 +1,20 @@
 """One file that is enough by itself: weights, settings, class names, preprocessing; in `last.pth`, all that a run goes on from."""
 
 import os
+import re
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
+from backbones import first_line, load_strictly
 from detr_model import build_model
+from ecvit import fold
 from errors import UserError
+from released import fetch_released, released_checkpoint, weights_of
 
 FORMAT = 1
+CLASS_LAYERS = re.compile(r"class|score_head")
 
 
 def save_checkpoint(path, content):
@@ -27,24 +33,54 @@ def save_checkpoint(path, content):
 
 
 def read_checkpoint(path):
-    """A checkpoint's dictionary, on the CPU. No code in the file is run. Raises UserError."""
-    path = Path(path)
+    """A checkpoint's dictionary, on the CPU: a file of train.py, or one of ECDet's released files, a folder of the Hugging Face
+    hub that holds one (model.safetensors), or the name of either, which is then downloaded. No code in the file is run.
+    Raises UserError."""
+    given, path = path, Path(path)
+    if not path.exists():
+        path = fetch_released(given) or path
+    if path.is_dir():
+        path = path / "model.safetensors"
     if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint; give the best.pth or last.pth of a run")
+        raise UserError(f"{path}: no such checkpoint; give the best.pth or last.pth of a run, or ECDet's released file or folder")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds on files that are not its own
-        raise UserError(f"{path}: not a checkpoint, or cut short ({str(error).splitlines()[0][:200]})") from None
-    if not isinstance(content, dict) or not {"format", "model", "config"} <= content.keys():
-        raise UserError(f"{path}: not a checkpoint of train.py (a backbone's weights go to --backbone-weights)")
-    if content["format"] > FORMAT:
-        raise UserError(f"{path}: written by a newer version (format {content['format']}, this one reads {FORMAT})")
-    return content
+        raise UserError(f"{path}: not a checkpoint, or cut short ({first_line(error)[:200]})") from None
+    if isinstance(content, dict) and {"format", "model", "config"} <= content.keys():
+        if content["format"] > FORMAT:
+            raise UserError(f"{path}: written by a newer version (format {content['format']}, this one reads {FORMAT})")
+        return content
+    weights = weights_of(content) if isinstance(content, dict) else None
+    if weights is None:
+        raise UserError(f"{path}: not a checkpoint of train.py, nor a released ECDet (a backbone's weights go to --backbone-weights)")
+    return released_checkpoint(weights, path)
 
 
 def load_detector(path, device="cpu"):
-    """-> (model in eval mode on device, postprocess, checkpoint dictionary)."""
+    """-> (model for inference on device, its batch norms folded; postprocess; checkpoint dictionary)."""
     content = read_checkpoint(path)
     model, _, postprocess = build_model({**content["config"], "backbone_weights": None})
-    model.load_state_dict(content["model"])
-    return model.to(device).eval(), postprocess, content
+    load_strictly(model, content["model"], path)
+    return fold(model).to(device).eval(), postprocess, content
+
+
+def start_from(model, content, classes, source):
+    """Fills model with a checkpoint's weights. Of the layers that give the classes, only the rows of those classes that the
+    checkpoint knows by name are filled; the others stay as they are. Prints which. Raises UserError."""
+    state, own = dict(content["model"]), model.state_dict()
+    known = {name: i for i, name in enumerate(content["classes"])}
+    pairs = [(i, known[name]) for i, name in enumerate(classes) if name in known]
+    if classes != content["classes"]:
+        rows = 0
+        for key in [key for key in state if key in own and CLASS_LAYERS.search(key)]:
+            ours, theirs = own[key].clone(), state[key]
+            for new, old in pairs + [(len(classes), len(known))]:  # the row after the last class: "no object", or none
+                if new < len(ours) and old < len(theirs):
+                    ours[new] = theirs[old]
+            state[key] = ours
+            rows += 1
+        anew = [name for name in classes if name not in known]
+        kept = ", ".join(classes[i] for i, _ in pairs) or "none"
+        print(f"{source}: all weights but {rows} of the layers that give the classes; in these, kept by name: {kept}; made anew: {', '.join(anew) or 'none'}")
+    load_strictly(model, state, source)

@@ -21,6 +21,7 @@ from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 from errors import UserError
+from transforms import mix_up, mosaic
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
 
@@ -74,8 +75,9 @@ def read_image(path, upright=True):
 class DetectionDataset(torch.utils.data.Dataset):
     """Records as (image, target) after `transforms`; decoded pictures are kept in memory up to `cache_bytes`.
 
-    Indexed by (index, seed, draw) as well as by index: the augmentation depends on nothing but the seed and on `draw`, see
-    EndlessBatches, whichever process draws it and whenever; so a resumed run sees the same pictures.
+    Indexed by (index, seed, draw, mixed) as well as by index: the augmentation depends on nothing but these, see EndlessBatches,
+    whichever process draws it and whenever; so a resumed run sees the same pictures. Where `mixed`, half of the pictures are
+    mosaics, and in half of the batches pictures are mixed up.
     """
 
     def __init__(self, split, transforms, cache_bytes=0):
@@ -87,11 +89,23 @@ class DetectionDataset(torch.utils.data.Dataset):
         return len(self.split.records)
 
     def __getitem__(self, index):
-        index, seed, draw = index if isinstance(index, tuple) else (index, index, None)
-        image, target = self.load(index)
+        index, seed, draw, mixed = index if isinstance(index, tuple) else (index, index, None, False)
+        sample = self.load(index)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return self.transforms(image, target, draw)
+            if mixed and float(torch.rand(())) < 0.5:
+                sample = mosaic([sample, *(self.load(i) for i in torch.randint(len(self), (3,)).tolist())])
+            return self.transforms(*sample, draw)
+
+    def __getitems__(self, indices):
+        """A batch at once, as DataLoader asks for it."""
+        samples = [self[index] for index in indices]
+        first = indices[0]
+        if isinstance(first, tuple) and first[3]:
+            chance, share = torch.rand(2, generator=torch.Generator().manual_seed(first[1])).tolist()
+            if chance < 0.5:
+                samples = mix_up(samples, 0.45 + 0.1 * share)
+        return samples
 
     def load(self, index):
         """-> the whole picture as uint8 tv_tensors.Image (3, H, W) and its target, boxes xyxy in pixels."""
@@ -117,15 +131,15 @@ class DetectionDataset(torch.utils.data.Dataset):
 
 
 class EndlessBatches:
-    """Batches of (index, seed, draw) without end, for DataLoader's batch_sampler: permutation after permutation of the data set,
-    each picture once in each, cut into full batches. `first` batches are left out, to go on where a run was stopped.
+    """Batches of (index, seed, draw, mixed) without end, for DataLoader's batch_sampler: permutation after permutation of the
+    data set, each picture once in each, cut into full batches. `first` batches are left out, to go on where a run was stopped.
 
-    `draw` is a number in [0, 1) that a whole batch shares, or None in the first `plain_passes` passes over the data: while
-    every picture is new there is nothing to gain from showing it in parts.
+    phase: (pictures shown so far) -> "plain", "varied" or "mixed", see transforms. `draw` is a number in [0, 1) that a whole
+    batch shares, None where it is plain.
     """
 
-    def __init__(self, length, batch_size, seed, first=0, plain_passes=8):
-        self.length, self.batch_size, self.seed, self.first, self.plain_passes = length, batch_size, seed, first, plain_passes
+    def __init__(self, length, batch_size, seed, phase, first=0):
+        self.length, self.batch_size, self.seed, self.phase, self.first = length, batch_size, seed, phase, first
 
     def __iter__(self):
         start = self.first * self.batch_size
@@ -136,9 +150,9 @@ class EndlessBatches:
                 order = torch.randperm(self.length, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + round_)).tolist()
             seed = (self.seed * 1_000_003 + position) % 2**31
             if not batch:
-                plain = round_ < self.plain_passes
-                draw = None if plain else float(torch.rand((), generator=torch.Generator().manual_seed(seed)))
-            batch.append((order[place], seed, draw))
+                phase = self.phase(position)
+                draw = None if phase == "plain" else float(torch.rand((), generator=torch.Generator().manual_seed(seed)))
+            batch.append((order[place], seed, draw, phase == "mixed"))
             if len(batch) == self.batch_size:
                 yield batch
                 batch = []

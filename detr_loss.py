@@ -39,15 +39,13 @@ class HungarianMatcher(nn.Module):
         labels = pad_sequence([t["labels"] for t in targets], batch_first=True)
         wanted = pad_sequence([t["boxes"] for t in targets], batch_first=True).float()
         logits, boxes = logits.float(), boxes.float()
-        if self.class_loss == "softmax":
-            class_cost = -logits.softmax(-1)
-        else:
-            p = logits.sigmoid()
-            positive = 0.25 * (1 - p) ** 2 * -F.logsigmoid(logits)
-            negative = 0.75 * p**2 * -F.logsigmoid(-logits)
-            class_cost = positive - negative
         index = labels[None, :, None].expand(*logits.shape[:3], -1)
-        class_cost = class_cost.gather(3, index)
+        if self.class_loss == "softmax":
+            class_cost = -logits.softmax(-1).gather(3, index)
+        else:
+            x = logits.gather(3, index)
+            p = x.sigmoid()
+            class_cost = 0.25 * (1 - p) ** 2 * -F.logsigmoid(x) - 0.75 * p**2 * -F.logsigmoid(-x)
         bbox_cost = (boxes[:, :, :, None] - wanted[None, :, None]).abs().sum(-1)
         giou_cost = -pairwise_giou(to_xyxy(boxes)[:, :, :, None], to_xyxy(wanted)[None, :, None])[1]
         return self.class_cost * class_cost + self.bbox_cost * bbox_cost + self.giou_cost * giou_cost

@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from backbones import build_backbone
 from detr_loss import HungarianMatcher, PostProcess, SetCriterion
-
+from ecdet_model import build_ecdet
+from layers import Mlp
 
 ANCHOR_CELLS = 4  # side of the boxes that the dense predictions start from
 
@@ -73,21 +74,6 @@ def padding_bias(padding):
     if not padding.any():
         return None
     return torch.zeros(padding.shape, device=padding.device).masked_fill(padding, -torch.inf)[:, None, None]
-
-
-class Mlp(nn.Module):
-    """`layers` linear layers with an activation between them."""
-
-    def __init__(self, in_dim, hidden_dim, out_dim, layers, activation=F.relu):
-        super().__init__()
-        self.activation = activation
-        dims = [in_dim] + [hidden_dim] * (layers - 1) + [out_dim]
-        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(dims, dims[1:]))
-
-    def forward(self, x):
-        for layer in self.layers[:-1]:
-            x = self.activation(layer(x))
-        return self.layers[-1](x)
 
 
 class Attention(nn.Module):
@@ -289,4 +275,4 @@ def build_plain_detr(config):
     return model, SetCriterion(matcher, class_loss="quality"), PostProcess("quality")
 
 
-DETECTORS = {"detr": build_plain_detr, "detr-2020": build_detr}
+DETECTORS = {"detr": build_plain_detr, "detr-2020": build_detr, "ecdet": build_ecdet}

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from detr_loss import pairwise_giou, quality_loss, to_xyxy
-from ecdet_model import REG_MAX, REG_SCALE, bin_distances
+from edges import REG_MAX, bin_distances, edge_distances
 
 TEMPERATURE = 5.0  # of the distributions that earlier layers learn from the last
 
@@ -22,38 +22,64 @@ class RefinementCriterion(nn.Module):
         self.weights = {"class": 1.0, "bbox": 5.0, "giou": 2.0, "fgl": 0.15, "ddf": 1.5}
 
     def forward(self, outputs, targets):
-        """outputs: ECDet's in training; targets: B dicts with `labels` (T,) and `boxes` (T, 4) -> {name: weighted scalar}."""
-        refined = [*outputs["aux_outputs"], outputs]
-        layers = [*refined, outputs["pre"], outputs["enc"]]
-        suffixes = [f"_aux_{i}" for i in range(len(refined) - 1)] + ["", "_pre", "_enc"]
-        logits, boxes = (torch.stack([layer[key] for layer in layers]).float() for key in ("pred_logits", "pred_boxes"))
-        counts = torch.tensor([len(t["labels"]) for t in targets], device=logits.device)
-        layer, image, query, number = self.matcher(logits, boxes, targets)
+        """outputs: ECDet's in training; targets: B dicts with `labels` (T,) and `boxes` (T, 4) -> {name: weighted scalar}.
+
+        The sum is the loss. Terms of earlier layers end in _aux_0, _aux_1, ..., of the first boxes in _pre, of the encoder's
+        selection in _enc, of the noisy copies in _dn besides.
+        """
         labels, wanted = (torch.cat([t[key] for t in targets]) for key in ("labels", "boxes"))
+        truth = labels, wanted.float()
+        counts = torch.tensor([len(t["labels"]) for t in targets], device=labels.device)
+        layers, logits, boxes = stack_layers(outputs)
+        layer, image, query, number = self.matcher(logits, boxes, targets)
         target = counts.cumsum(0)[image] - counts[image] + number
+        union = union_of_matches(image, query, target, logits.shape[2])
+        losses = self.losses(outputs, layers, logits, boxes, (layer, image, query, target), union, truth, max(1, len(labels)))
+        if "denoising" in outputs:
+            outputs = outputs["denoising"]
+            layers, logits, boxes = stack_layers(outputs)
+            image, query, target = outputs["matches"]
+            every = torch.arange(len(layers), device=labels.device).repeat_interleave(len(image)), *(i.repeat(len(layers)) for i in outputs["matches"])
+            copies = self.losses(outputs, layers, logits, boxes, every, outputs["matches"], truth, len(image))
+            losses |= {f"{name}_dn": value for name, value in copies.items()}
+        return losses
 
+    def losses(self, outputs, layers, logits, boxes, matches, union, truth, total):
+        """logits (L, B, Q, K) and boxes (L, B, Q, 4) of `layers` (their names' endings), the refined ones first. matches: layer,
+        image, query, object (M,), for the classes; union: image, query, object (U,), for boxes and edges; total: of objects."""
+        labels, wanted = truth
+        refined = len(outputs["aux_outputs"]) + 1
+        layer, image, query, target = matches
         quality = torch.zeros_like(logits)
-        iou = pairwise_giou(to_xyxy(boxes[layer, image, query].detach()), to_xyxy(wanted[target].float()))[0]
+        iou = pairwise_giou(to_xyxy(boxes[layer, image, query].detach()), to_xyxy(wanted[target]))[0]
         quality[layer, image, query, labels[target]] = iou.clamp(min=1e-4) ** 1.5
-        terms = {"class": quality_loss(logits, quality).sum((1, 2)) / counts.sum().clamp(min=1)}
+        terms = {"class": quality_loss(logits, quality).sum((1, 2)) / total}
 
-        image, query, target = union_of_matches(image, query, target, logits.shape[2])
+        image, query, target = union
         total = max(1, len(image))
-        predicted, wanted = boxes[:, image, query], wanted[target].float()
+        predicted, wanted = boxes[:, image, query], wanted[target]
         iou, giou = pairwise_giou(to_xyxy(predicted), to_xyxy(wanted))
         terms["bbox"] = (predicted - wanted).abs().sum((1, 2)) / total
         terms["giou"] = (1 - giou).sum(1) / total
 
-        corners = torch.stack([output["pred_corners"] for output in refined]).unflatten(-1, (4, REG_MAX + 1))
-        iou = iou[: len(refined)].detach()
+        corners = torch.stack([output["pred_corners"] for output in (*outputs["aux_outputs"], outputs)]).unflatten(-1, (4, REG_MAX + 1))
+        iou = iou[:refined].detach()
         distances = edge_distances(outputs["initial_boxes"][image, query], wanted)
         terms["fgl"] = (fine_grained_loss(corners[:, image, query], distances) * iou[..., None]).sum((1, 2)) / total
-        weight = logits[len(refined) - 1].detach().sigmoid().amax(-1).repeat(len(refined) - 1, 1, 1)
+        weight = logits[refined - 1].detach().sigmoid().amax(-1).repeat(refined - 1, 1, 1)
         weight[:, image, query] = iou[:-1]
-        matched = torch.zeros_like(weight[0], dtype=torch.bool)
+        matched = torch.zeros(logits.shape[1:3], dtype=torch.bool, device=logits.device)
         matched[image, query] = True
         terms["ddf"] = distillation_loss(corners[:-1], corners[-1].detach(), weight, matched)
-        return {f"loss_{name}{suffix}": self.weights[name] * value for name, values in terms.items() for suffix, value in zip(suffixes, values)}
+        return {f"loss_{name}{ending}": self.weights[name] * value for name, values in terms.items() for ending, value in zip(layers, values)}
+
+
+def stack_layers(outputs):
+    """-> endings of the layers' names, logits (L, B, Q, K), boxes (L, B, Q, 4): the refined layers', then those of `pre` and `enc`."""
+    more = [key for key in ("pre", "enc") if key in outputs]
+    layers = [*outputs["aux_outputs"], outputs, *(outputs[key] for key in more)]
+    logits, boxes = (torch.stack([layer[key] for layer in layers]).float() for key in ("pred_logits", "pred_boxes"))
+    return [f"_aux_{i}" for i in range(len(outputs["aux_outputs"]))] + [""] + [f"_{key}" for key in more], logits, boxes
 
 
 def union_of_matches(image, query, target, num_queries):
@@ -66,14 +92,6 @@ def union_of_matches(image, query, target, num_queries):
     first = torch.cat([pairs.new_ones(1, dtype=torch.bool), pairs[1:, 0] != pairs[:-1, 0]])
     place, target = pairs[first].T
     return place // num_queries, place % num_queries, target
-
-
-def edge_distances(initial, wanted):
-    """How far the edges of wanted (M, 4) lie outside those of initial (M, 4), both cxcywh, in units of W(n) -> (M, 4): l, t, r, b."""
-    x1, y1, x2, y2 = to_xyxy(wanted).unbind(-1)
-    x, y, w, h = initial.unbind(-1)
-    w, h = w / REG_SCALE + 1e-16, h / REG_SCALE + 1e-16
-    return torch.stack([(x - x1) / w, (y - y1) / h, (x2 - x) / w, (y2 - y) / h], dim=-1) - 0.5 * REG_SCALE
 
 
 def fine_grained_loss(corners, distances):

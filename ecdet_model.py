@@ -10,11 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from detr_model import Mlp
+from backbones import build_backbone
+from denoising import make_denoising
+from detr_loss import HungarianMatcher, PostProcess
+from ecdet_loss import RefinementCriterion
 from ecvit import ConvNorm
+from edges import REG_MAX, corners_to_boxes
+from layers import Mlp
 
 HEADS, POINTS = 8, (3, 6, 3)  # sampling points on each level
-REG_MAX, REG_SCALE, UP = 32, 4.0, 0.5  # bins of an edge's distribution, its scale, its widest reach
 TOP_BINS = 4  # of an edge's distribution, as evidence of its quality
 
 
@@ -33,7 +37,18 @@ class RepVgg(nn.Module):
         self.conv1, self.conv2 = ConvNorm(dim, dim, 3), ConvNorm(dim, dim, 1)
 
     def forward(self, x):
-        return F.silu(self.conv1(x) + self.conv2(x))
+        return F.silu(self.conv1(x) if self.conv2 is None else self.conv1(x) + self.conv2(x))
+
+    @torch.no_grad()
+    def fold(self):
+        """One 3x3 convolution in place of both: the 1x1 is its centre."""
+        if self.conv2 is None:
+            return
+        self.conv1.fold()
+        self.conv2.fold()
+        self.conv1.conv.weight += F.pad(self.conv2.conv.weight, (1, 1, 1, 1))
+        self.conv1.conv.bias += self.conv2.conv.bias
+        self.conv2 = None
 
 
 class CspStage(nn.Module):
@@ -78,18 +93,37 @@ class Downsample(nn.Module):
         return self.cv2(self.cv1(x))
 
 
+class SelfAttention(nn.Module):
+    """Multi-head attention of x (B, N, C) in itself; pos is added to queries and keys, not to values."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.in_proj_weight, self.in_proj_bias = nn.Parameter(torch.empty(3 * dim, dim)), nn.Parameter(torch.zeros(3 * dim))
+        self.out_proj = nn.Linear(dim, dim)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, x, pos, bias=None):
+        """bias (N, N) is added to the scores."""
+        dim = x.shape[-1]
+        (w_qk, w_v), (b_qk, b_v) = (parameter.split([2 * dim, dim]) for parameter in (self.in_proj_weight, self.in_proj_bias))
+        q, k = F.linear(x + pos, w_qk, b_qk).unflatten(-1, (2, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        v = F.linear(x, w_v, b_v).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
+        return self.out_proj(x.transpose(1, 2).flatten(2))
+
+
 class EncoderLayer(nn.Module):
     """Self-attention and feed-forward among the cells of one level; each added, then normalised."""
 
     def __init__(self, dim, ffn_dim):
         super().__init__()
-        self.self_attn = nn.MultiheadAttention(dim, HEADS, batch_first=True)
+        self.self_attn = SelfAttention(dim)
         self.linear1, self.linear2 = nn.Linear(dim, ffn_dim), nn.Linear(ffn_dim, dim)
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
 
     def forward(self, x, pos):
-        q = x + pos
-        x = self.norm1(x + self.self_attn(q, q, x, need_weights=False)[0])
+        x = self.norm1(x + self.self_attn(x, pos))
         return self.norm2(x + self.linear2(F.silu(self.linear1(x))))
 
 
@@ -157,13 +191,14 @@ class DeformableAttention(nn.Module):
         offsets = self.sampling_offsets(query).view(batch, queries, HEADS, -1, 2) * self.num_points_scale[:, None]
         centre, size = boxes[:, :, None, None, :2], boxes[:, :, None, None, 2:]
         grid = 2 * (centre + 0.5 * offsets * size) - 1
-        grid = grid.transpose(1, 2).flatten(0, 1)  # (B * heads, Q, points, 2)
+        grid = grid.permute(0, 2, 3, 1, 4).flatten(0, 1)  # (B * heads, points, Q, 2): queries innermost, as long rows are faster
         weights = self.attention_weights(query).view(batch, queries, HEADS, -1).softmax(-1)
-        weights = weights.transpose(1, 2).flatten(0, 1)[:, None]
+        weights = weights.permute(0, 2, 3, 1).flatten(0, 1)[:, None]
         out = 0
-        for level, part, weight in zip(levels, grid.split(POINTS, dim=2), weights.split(POINTS, dim=3)):
+        for level, part, weight in zip(levels, grid.split(POINTS, dim=1), weights.split(POINTS, dim=2)):
             values = level.reshape(batch * HEADS, dim // HEADS, *level.shape[-2:])
-            out = out + (F.grid_sample(values, part.to(values.dtype), align_corners=False) * weight).sum(-1)
+            for place, share in zip(part.split(1, dim=1), weight.unbind(2)):
+                out = out + F.grid_sample(values, place.to(values.dtype), align_corners=False)[:, :, 0] * share
         return out.view(batch, dim, queries).transpose(1, 2)
 
 
@@ -185,36 +220,19 @@ class Gateway(nn.Module):
 class DecoderLayer(nn.Module):
     def __init__(self, dim, ffn_dim):
         super().__init__()
-        self.self_attn = nn.MultiheadAttention(dim, HEADS, batch_first=True)
+        self.self_attn = SelfAttention(dim)
         self.norm1 = nn.LayerNorm(dim)
         self.cross_attn = DeformableAttention(dim)
         self.gateway = Gateway(dim)
         self.linear1, self.linear2 = nn.Linear(dim, ffn_dim), nn.Linear(ffn_dim, dim)
         self.norm2 = nn.LayerNorm(dim)
 
-    def forward(self, x, pos, boxes, levels, attn_mask=None):
-        q = x + pos
-        x = self.norm1(x + self.self_attn(q, q, x, attn_mask=attn_mask, need_weights=False)[0])
+    def forward(self, x, pos, boxes, levels, bias=None):
+        """x, pos (B, Q, C), boxes (B, Q, 4), levels: maps (B, C, h, w), bias: see SelfAttention -> (B, Q, C)."""
+        x = self.norm1(x + self.self_attn(x, pos, bias))
         x = self.gateway(x, self.cross_attn(x + pos, boxes, levels))
         y = self.linear2(F.silu(self.linear1(x)))
         return self.norm2((x + y).clamp(-65504, 65504))  # float16's range
-
-
-def bin_distances(device=None):
-    """W(n) (33,): the edge distances that a distribution's bins stand for, dense around 0, reaching UP * REG_SCALE twice over."""
-    step = (UP * REG_SCALE + 1) ** (2 / (REG_MAX - 2))
-    inner = [step**k - 1 for k in range(1, REG_MAX // 2)]
-    positive = inner + [2 * UP * REG_SCALE]
-    return torch.tensor([-v for v in reversed(positive)] + [0.0] + positive, device=device)
-
-
-def corners_to_boxes(initial, corners):
-    """initial (..., 4) cxcywh, corners (..., 4 * 33) logits of left, top, right, bottom -> refined boxes (..., 4) cxcywh."""
-    distances = corners.unflatten(-1, (4, REG_MAX + 1)).softmax(-1) @ bin_distances(corners.device)
-    x, y, w, h = initial.unbind(-1)
-    left, top, right, bottom = ((0.5 * REG_SCALE + distances) / REG_SCALE).unbind(-1)
-    x1, y1, x2, y2 = x - left * w, y - top * h, x + right * w, y + bottom * h
-    return torch.stack([(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1], dim=-1)
 
 
 class LocationQuality(nn.Module):
@@ -245,7 +263,7 @@ class Decoder(nn.Module):
 
     def __init__(self, dim, ffn_dim, num_classes, num_queries=300, layers=4):
         super().__init__()
-        self.num_queries = num_queries
+        self.num_queries, self.denoising = num_queries, True
         self.decoder = RefinementLayers(dim, ffn_dim, layers)
         self.denoising_class_embed = nn.Embedding(num_classes + 1, dim, padding_idx=num_classes)
         self.enc_score_head = nn.Linear(dim, num_classes)
@@ -260,66 +278,137 @@ class Decoder(nn.Module):
             nn.init.zeros_(head.layers[-1].weight)
             nn.init.zeros_(head.layers[-1].bias)
 
-    def forward(self, levels):
-        """levels: maps (B, C, h, w) at strides 8, 16, 32 -> outputs; in training also `pre`, `enc` and what the losses of the
-        distributions need: `pred_corners` (B, Q, 4 * 33) and the boxes `initial_boxes` (B, Q, 4) that they are relative to."""
+    def fold(self):
+        """Leaves out the heads that only training needs."""
+        self.denoising_class_embed = None
+        last = len(self.dec_score_head) - 1
+        for heads in (self.dec_score_head, self.decoder.lqe_layers):
+            for i in range(last):
+                heads[i] = nn.Identity()
+
+    def forward(self, levels, share=None, targets=None):
+        """levels: maps (B, C, h, w) at strides 8, 16, 32; share (B, 2), the part of their width and height that is no padding.
+
+        -> outputs of the last layer, boxes relative to that part; in training also `aux_outputs`, `pre` and `enc`, what the
+        losses of the distributions need (`pred_corners` (B, Q, 4 * 33) and the boxes `initial_boxes` (B, Q, 4) that they are
+        relative to), and, with targets, `denoising`: the same outputs of the noisy copies, and their `matches`.
+        """
         memory = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1)
-        anchors, valid = make_anchors([level.shape[-2:] for level in levels], memory.device)
+        share = memory.new_ones(len(memory), 2, dtype=torch.float32) if share is None else share
+        anchors, valid = make_anchors([level.shape[-2:] for level in levels], share)
         memory = memory * valid.to(memory.dtype)
         scores = self.enc_score_head(memory)
-        best = scores.amax(-1).topk(min(self.num_queries, scores.shape[1]), dim=1).indices[..., None]
+        best = scores.detach().amax(-1).topk(min(self.num_queries, scores.shape[1]), dim=1).indices[..., None]
         pick = lambda x: x.gather(1, best.expand(-1, -1, x.shape[-1]))
         tokens = pick(memory)
-        boxes = (self.enc_bbox_head(tokens).float() + pick(anchors.expand(len(memory), -1, -1))).sigmoid()
-        enc = {"pred_logits": pick(scores).float(), "pred_boxes": boxes}
+        boxes = (self.enc_bbox_head(tokens).float() + pick(anchors)).sigmoid()
+        share = share.repeat(1, 2)[:, None]
+        enc = {"pred_logits": pick(scores).float(), "pred_boxes": boxes / share}
 
-        x, boxes = tokens.detach(), boxes.detach()
+        x, boxes, copies, bias = tokens.detach(), boxes.detach(), 0, None
+        noisy = make_denoising(targets, scores.shape[-1], x.shape[1]) if self.denoising and self.training and targets else None
+        if noisy:
+            x = torch.cat([self.denoising_class_embed(noisy.labels).to(x.dtype), x], dim=1)
+            boxes, copies = torch.cat([noisy.boxes * share, boxes], dim=1), noisy.labels.shape[1]
+            bias = torch.zeros(noisy.blocked.shape, device=x.device).masked_fill(noisy.blocked, -torch.inf)
         pos = self.query_pos_head(boxes.to(x.dtype)).clamp(-10, 10)
-        corners, before, outputs = 0, 0, []
+        levels = [level.contiguous() for level in levels]
+        corners, before, outputs, last = 0, 0, [], len(self.decoder.layers) - 1
         for i, layer in enumerate(self.decoder.layers):
-            x = layer(x, pos, boxes, levels)
+            x = layer(x, pos, boxes, levels, bias)
+            scores = self.dec_score_head[i](x).float() if self.training or i == last else None
             if i == 0:
                 boxes = (self.pre_bbox_head(x).float() + boxes.clamp(1e-5, 1 - 1e-5).logit()).sigmoid()
-                pre = {"pred_logits": self.dec_score_head[0](x).float(), "pred_boxes": boxes}
+                pre = {"pred_logits": scores, "pred_boxes": boxes / share}
                 initial = boxes.detach()
             corners = self.dec_bbox_head[i](x + before).float() + corners
             boxes = corners_to_boxes(initial, corners)
-            if self.training or i == len(self.decoder.layers) - 1:
-                logits = self.decoder.lqe_layers[i](self.dec_score_head[i](x).float(), corners)
-                outputs.append({"pred_logits": logits, "pred_boxes": boxes, "pred_corners": corners, "initial_boxes": initial})
+            if scores is not None:
+                logits = self.decoder.lqe_layers[i](scores, corners)
+                outputs.append({"pred_logits": logits, "pred_boxes": boxes / share, "pred_corners": corners, "initial_boxes": initial / share})
             boxes, before = boxes.detach(), x.detach()
-        return {**outputs[-1], "aux_outputs": outputs[:-1], **({"pre": pre, "enc": enc} if self.training else {})}
+        if not self.training:
+            return {**outputs[-1], "aux_outputs": []}
+        cut = [{key: value.split([copies, value.shape[1] - copies], dim=1) for key, value in output.items()} for output in (*outputs, pre)]
+        of_copies, found = (
+            {**last, "aux_outputs": aux, "pre": first}
+            for *aux, last, first in ([{key: parts[i] for key, parts in output.items()} for output in cut] for i in (0, 1))
+        )
+        if noisy:
+            found["denoising"] = {**of_copies, "matches": noisy.matches}
+        return {**found, "enc": enc}
 
 
-def make_anchors(sizes, device=None):
-    """sizes [(h, w)] of the levels, finest first -> anchors (1, N, 4), logits of cxcywh, infinite where invalid, and valid (1, N, 1)."""
+def make_anchors(sizes, share):
+    """sizes [(h, w)] of the levels, finest first, share (B, 2) of width and height that is no padding -> anchors (B, N, 4),
+    logits of cxcywh, infinite where invalid, and valid (B, N, 1)."""
     anchors = []
     for level, (h, w) in enumerate(sizes):
-        y, x = torch.meshgrid(*((torch.arange(n, device=device) + 0.5) / n for n in (h, w)), indexing="ij")
+        y, x = torch.meshgrid(*((torch.arange(n, device=share.device) + 0.5) / n for n in (h, w)), indexing="ij")
         side = torch.full_like(x, 0.05 * 2**level)
         anchors.append(torch.stack([x, y, side, side], dim=-1).flatten(0, 1))
     anchors = torch.cat(anchors)[None]
     valid = ((anchors > 0.01) & (anchors < 0.99)).all(-1, keepdim=True)
+    valid = valid & (anchors[..., :2] < share[:, None]).all(-1, keepdim=True)
     return anchors.logit().masked_fill(~valid, torch.inf), valid
 
 
-class ECDet(nn.Module):
-    """ECViT (or any backbone with strides 8, 16, 32 and one width) -> hybrid encoder -> decoder."""
+class Pyramid(nn.Module):
+    """Maps of any backbone -> maps at strides 8, 16, 32 of one width: the nearest stride's, resized, by a 1x1 convolution."""
 
-    def __init__(self, backbone, dim, num_classes, encoder_ffn, csp_depth, csp_expansion, decoder_ffn, num_queries=300, layers=4):
+    def __init__(self, channels, strides, dim):
+        super().__init__()
+        self.nearest = [min(range(len(strides)), key=lambda i: abs(math.log2(strides[i] / stride))) for stride in (8, 16, 32)]
+        self.projections = nn.ModuleList(ConvNorm(channels[i], dim, 1) for i in self.nearest)
+
+    def forward(self, features, size):
+        """size (h, w) of the coarsest."""
+        levels = []
+        for i, projection, factor in zip(self.nearest, self.projections, (4, 2, 1)):
+            wanted = tuple(factor * n for n in size)
+            x = features[i] if features[i].shape[-2:] == wanted else F.interpolate(features[i], wanted, mode="bilinear", align_corners=False)
+            levels.append(projection(x))
+        return levels
+
+
+class ECDet(nn.Module):
+    """A backbone -> hybrid encoder -> decoder. See Decoder.forward for the outputs.
+
+    A backbone with strides 8, 16, 32 of the width `dim` (ECViT) feeds the encoder directly, any other through `Pyramid`.
+    """
+
+    def __init__(self, backbone, dim, num_classes, encoder_ffn, csp_depth, csp_expansion, decoder_ffn, layers=4, num_queries=300):
         super().__init__()
         self.backbone = backbone
+        fits = tuple(backbone.strides) == (8, 16, 32) and set(backbone.channels) == {dim}
+        self.pyramid = None if fits else Pyramid(backbone.channels, backbone.strides, dim)
         self.encoder = HybridEncoder(dim, encoder_ffn, csp_expansion, csp_depth)
         self.decoder = Decoder(dim, decoder_ffn, num_classes, num_queries, layers)
 
-    def forward(self, images, mask=None, targets=None):
-        return self.decoder(self.encoder(self.backbone(images)))
+    def forward(self, images, mask, targets=None):
+        features = self.backbone(images)
+        h, w = (n * self.backbone.strides[0] for n in features[0].shape[-2:])
+        if self.pyramid is not None:
+            features = self.pyramid(features, (-(-h // 32), -(-w // 32)))
+        share = torch.stack([(~mask).any(1).sum(1) / w, (~mask).any(2).sum(1) / h], dim=1)
+        return self.decoder(self.encoder(features), share, targets)
 
 
-# width, encoder FFN, CSP depth, CSP expansion, decoder FFN, and the backbone of the released files
+# the backbone of the released files, width, encoder FFN, CSP depth and expansion, decoder FFN and layers; nano is ours
 SIZES = {
-    "s": dict(backbone="ecvitt", dim=192, encoder_ffn=512, csp_depth=2, csp_expansion=0.34, decoder_ffn=512),
-    "m": dict(backbone="ecvittplus", dim=256, encoder_ffn=512, csp_depth=2, csp_expansion=0.75, decoder_ffn=1024),
-    "l": dict(backbone="ecvits", dim=256, encoder_ffn=1024, csp_depth=3, csp_expansion=0.75, decoder_ffn=1024),
-    "x": dict(backbone="ecvitsplus", dim=256, encoder_ffn=2048, csp_depth=3, csp_expansion=1.5, decoder_ffn=2048),
+    "nano": dict(backbone="ecvit-nano", dim=128, encoder_ffn=512, csp_depth=1, csp_expansion=0.5, decoder_ffn=512, layers=2),
+    "s": dict(backbone="ecvitt", dim=192, encoder_ffn=512, csp_depth=2, csp_expansion=0.34, decoder_ffn=512, layers=4),
+    "m": dict(backbone="ecvittplus", dim=256, encoder_ffn=512, csp_depth=2, csp_expansion=0.75, decoder_ffn=1024, layers=4),
+    "l": dict(backbone="ecvits", dim=256, encoder_ffn=1024, csp_depth=3, csp_expansion=0.75, decoder_ffn=1024, layers=4),
+    "x": dict(backbone="ecvitsplus", dim=256, encoder_ffn=2048, csp_depth=3, csp_expansion=1.5, decoder_ffn=2048, layers=4),
 }
+
+
+def build_ecdet(config):
+    sizes = dict(SIZES[config["size"]])
+    sizes.pop("backbone")
+    if config["decoder_layers"]:
+        sizes["layers"] = config["decoder_layers"]
+    backbone = build_backbone(config["backbone"], config["backbone_weights"])
+    model = ECDet(backbone, num_classes=config["num_classes"], num_queries=config["num_queries"], **sizes)
+    return model, RefinementCriterion(HungarianMatcher(class_cost=2, bbox_cost=5, giou_cost=2)), PostProcess("quality")

@@ -8,6 +8,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 # name: width D, heads, MLP ratio, blocks, pyramid width (None: D), whether the stem's stride-8 map joins the finest level
 CONFIGS = {
@@ -29,6 +30,22 @@ class ConvNorm(nn.Module):
 
     def forward(self, x):
         return self.norm(self.conv(x))
+
+    @torch.no_grad()
+    def fold(self):
+        """The convolution takes the norm's scale and shift over: the same outputs as in eval mode."""
+        if isinstance(self.norm, nn.Identity):
+            return
+        self.conv = fuse_conv_bn_eval(self.conv.eval(), self.norm.eval())
+        self.norm = nn.Identity()
+
+
+def fold(model):
+    """Folds what can be folded for inference, in place -> model. Its state dict is no longer that of a checkpoint."""
+    for module in list(model.modules()):
+        if hasattr(module, "fold"):
+            module.fold()
+    return model
 
 
 class PatchEmbed(nn.Module):
@@ -57,21 +74,20 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("periods", base ** (2 * torch.arange(head_dim // 4) / (head_dim // 2)))
 
     def forward(self, h, w):
-        """-> sin, cos, each (h * w, head_dim)."""
+        """-> sin, cos, each (1 + h * w, head_dim): the register, which carries no position, and the patches."""
         periods = self.periods.float()
         row, column = (2 * (torch.arange(n, device=periods.device) + 0.5) / n - 1 for n in (h, w))
         angles_y = (2 * math.pi * row[:, None] / periods)[:, None].expand(h, w, -1)
         angles_x = (2 * math.pi * column[:, None] / periods)[None].expand(h, w, -1)
         angles = torch.cat([angles_y, angles_x], dim=-1).flatten(0, 1).tile(2)
+        angles = F.pad(angles, (0, 0, 1, 0))
         return angles.sin(), angles.cos()
 
 
 def rotate(x, sin, cos):
-    """Rotates the patch tokens of x (B, heads, N, d); the tokens before the last len(sin) carry no position."""
-    register, patches = x[:, :, : -sin.shape[0]], x[:, :, -sin.shape[0] :]
-    a, b = patches.chunk(2, dim=-1)
-    rotated = patches * cos.to(x.dtype) + torch.cat([-b, a], dim=-1) * sin.to(x.dtype)
-    return torch.cat([register, rotated], dim=2)
+    """x (..., N, d) turned by the angles of sin, cos (N, d)."""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos.to(x.dtype) + torch.cat([-b, a], dim=-1) * sin.to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -82,8 +98,8 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x, sin, cos):
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(rotate(q, sin, cos), rotate(k, sin, cos), v)
+        qk, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).split([2, 1])
+        x = F.scaled_dot_product_attention(*rotate(qk, sin, cos), v[0])
         return self.proj(x.transpose(1, 2).flatten(2))
 
 

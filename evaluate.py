@@ -90,10 +90,13 @@ def main():
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, postprocess, content = load_detector(arguments.checkpoint, device)
     config = content["config"]
-    _, split = load_splits(arguments.data or config["data"], config["train_split"], arguments.val_split or config["val_split"])
+    data = arguments.data or config.get("data")
+    if data is None:
+        raise UserError(f"{arguments.checkpoint} does not say what data it was trained with; give --data DIR")
+    _, split = load_splits(data, config.get("train_split"), arguments.val_split or config.get("val_split"))
     if split.classes != content["classes"]:
         raise UserError(f"the data's classes {split.classes[:5]} are not the checkpoint's {content['classes'][:5]}")
-    data = DetectionDataset(split, eval_transforms(arguments.image_size or config["image_size"]))
+    data = DetectionDataset(split, eval_transforms(arguments.image_size or config["image_size"], config.get("square", False)))
     loader = DataLoader(data, batch_size=arguments.batch_size, collate_fn=partial(collate, divisor=model.backbone.size_divisor))
     figures, _ = evaluate(model, postprocess, loader, split, device)
     for name, value in figures.items():

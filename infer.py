@@ -1,6 +1,7 @@
-"""Detects objects in pictures with a checkpoint of train.py.
+"""Detects objects in pictures with a checkpoint of train.py, or with a released ECDet.
 
     python infer.py picture.jpg                          with the newest run in runs/
+    python infer.py picture.jpg --checkpoint ecdet_s.pth COCO's 80 classes
     python infer.py folder/ 'more/*.png' --checkpoint runs/mine/best.pth --threshold 0.3
 
 Writes the pictures with their boxes and detections.json (COCO's results form) into --out.
@@ -69,9 +70,9 @@ def detect(model, postprocess, transform, image):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pictures", nargs="+", metavar="PATH", help="pictures, folders or patterns")
-    parser.add_argument("--checkpoint", metavar="FILE", help="default: the newest runs/*/best.pth")
+    parser.add_argument("--checkpoint", metavar="FILE", help="of a run, or a released ECDet: a file, a folder, Intellindust/ECDet_S (default: the newest runs/*/best.pth)")
     parser.add_argument("--threshold", type=float, default=0.4, metavar="T", help="lowest score that is shown (default 0.4)")
-    parser.add_argument("--image-size", type=int, metavar="S", help="shortest side (default: that of the training)")
+    parser.add_argument("--image-size", type=int, metavar="S", help="shortest side, or both (default: that of the training)")
     parser.add_argument("--out", default="detections", metavar="DIR", help="default: detections")
     arguments = parser.parse_args()
 
@@ -80,7 +81,8 @@ def main():
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, postprocess, content = load_detector(checkpoint, device)
     classes, category_ids = content["classes"], content["category_ids"]
-    transform = eval_transforms(arguments.image_size or content["config"]["image_size"])
+    config = content["config"]
+    transform = eval_transforms(arguments.image_size or config["image_size"], config.get("square", False))
     out = Path(arguments.out)
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 
 from backbones import find_spec
+from detr_model import DETECTORS
+from ecdet_model import SIZES
 from errors import UserError
 
 DEFAULTS = dict(
@@ -21,10 +23,14 @@ DEFAULTS = dict(
     image_size=None,  # shortest side in evaluation; training sides scale with it
     augment="zoom",  # see transforms.train_transforms
     color_jitter=0.0, rotate=0.0,  # strength in [0, 1]; degrees
+    plain_passes=8, plain_end=0.0,  # passes over the data, and share of the budget at its end, without augmentation
+    mosaic=0.0,  # share of the budget with mosaics and mix-up
+    square=False,  # pictures are resized to image_size x image_size, whatever their proportions
     workers=None, skip_bad_images=False,
     # model
-    detector="detr",
+    detector="detr", size=None,  # ECDet's: nano, s, m, l, x
     backbone=None, backbone_weights=None,
+    init=None,  # a checkpoint to start from
     freeze_backbone=0.0,  # epochs before the backbone is trained; "all": never
     checkpoint_activations=False,
     num_queries=None,
@@ -37,7 +43,9 @@ DEFAULTS = dict(
     layer_decay=1.0,  # learning rate of each backbone block relative to the next
     weight_decay=1e-4, clip=1.0,
     schedule="linear", warmup=0.03,  # share of the budget
-    ema=True, precision="auto", seed=0,
+    warmup_steps=None,  # the warm-up's length at most
+    ema=True, ema_horizon=None,  # steps that the running average looks back at most
+    precision="auto", seed=0,
     # run
     out=None, eval_every=0, keep_every=0,
 )  # fmt: skip
@@ -45,11 +53,20 @@ DEFAULTS = dict(
 RECIPES = {
     "default": {},
     "meta": dict(  # arXiv 2005.12872
-        detector="detr-2020", augment="meta", image_size=800, num_queries=100, hidden_dim=256, num_heads=8, ffn_dim=2048,
+        detector="detr-2020", augment="meta", plain_passes=0, image_size=800, num_queries=100, hidden_dim=256, num_heads=8, ffn_dim=2048,
         decoder_layers=6, dropout=0.1, batch_size=2, epochs=300, optimizer="adamw", lr=1e-4, backbone_lr=1e-5, clip=0.1, schedule="step", warmup=0.0,
         ema=False, freeze_backbone=100.0, keep_every=50, eval_every=1,
     ),
+    "ecdet": dict(  # arXiv 2603.18739, as published for COCO: batches of 32, 74 epochs
+        detector="ecdet", augment="strong", mosaic=0.5, plain_passes=0, plain_end=2 / 74, image_size=640, square=True, num_queries=300,
+        optimizer="adamw", clip=0.1, schedule="flat-cosine", warmup_steps=2000, ema_horizon=10000,
+    ),
 }  # fmt: skip
+
+# Learning rates of the ecdet recipe for a batch of 32: everything's but the backbone's, the backbone's
+ECDET_LR = {"nano": (5e-4, 2.5e-5), "s": (5e-4, 2.5e-5), "m": (5e-4, 2.5e-5), "l": (5e-4, 5e-6), "x": (5e-4, 2.5e-6)}
+
+ARCHITECTURE = ("detector", "size", "backbone", "hidden_dim", "num_heads", "ffn_dim", "decoder_layers")  # what --init decides
 
 
 def parse_arguments(description):
@@ -60,15 +77,20 @@ def parse_arguments(description):
     data.add_argument("--train-split", metavar="NAME", help="its part to train on, e.g. trainval")
     data.add_argument("--val-split", metavar="NAME", help="its part to evaluate on, e.g. test")
     data.add_argument("--image-size", type=int, metavar="S", help="shortest side in evaluation; training draws S*0.6 .. S after its first passes, and longest sides are S*1.67 at most (default: chosen from the objects' sizes)")
-    data.add_argument("--augment", choices=["zoom", "meta"], help="windows of the picture's own proportions, or DETR's crops (default zoom; meta: meta)")
+    data.add_argument("--augment", choices=["zoom", "meta", "strong"], help="windows of the picture's own proportions, DETR's crops, or colours, zoom-out and crops as ECDet's (default zoom)")
+    data.add_argument("--mosaic", type=float, metavar="X", help="share of the run, from its start, with mosaics and mix-up (default 0; ecdet: 0.5)")
+    data.add_argument("--square", action="store_true", help="resize to a square instead of keeping a picture's proportions (default with recipe ecdet)")
     data.add_argument("--color-jitter", type=float, metavar="X", help="brightness, contrast and saturation changed by up to this share (default 0)")
     data.add_argument("--rotate", type=float, metavar="DEG", help="rotation by up to this many degrees (default 0)")
     data.add_argument("--workers", type=int, metavar="N", help="processes that prepare pictures")
     data.add_argument("--skip-bad-images", action="store_true", help="leave out pictures that can't be read, instead of stopping")
     model = parser.add_argument_group("model")
-    model.add_argument("--recipe", choices=RECIPES, default="default", help="meta: DETR as published; every option below and above still applies")
+    model.add_argument("--recipe", choices=RECIPES, help="meta: DETR as published; ecdet: ECDet as published, the default for an ECDet that does not start from random weights; every option below and above still applies")
+    model.add_argument("--detector", choices=DETECTORS, help="detr: ours (default); detr-2020: as published; ecdet: EdgeCrafter's real-time detector")
+    model.add_argument("--size", choices=SIZES, help="ECDet's (default: the one that the backbone belongs to, otherwise m)")
     model.add_argument("--backbone", metavar="NAME", help="see python check_dims.py (default: ecvitt; the demo: ecvit-nano)")
     model.add_argument("--backbone-weights", metavar="W", help="pretrained (hub or release), none (from scratch), or the path of a folder or file (default: pretrained where there are any)")
+    model.add_argument("--init", metavar="FILE", help="start from this checkpoint: best.pth of a run, or a released ECDet (ecdet_s.pth, a folder, Intellindust/ECDet_S); it decides the architecture")
     model.add_argument("--freeze-backbone", metavar="N", help="epochs before the backbone is trained, or all (default 0; meta: 100)")
     model.add_argument("--checkpoint-activations", action="store_true", help="recompute the backbone's activations: less memory, slower")
     model.add_argument("--num-queries", type=int, metavar="Q", help="most objects that can be found in a picture (default: 100 to 300, ten times the most in a training picture, never under twice)")
@@ -96,47 +118,80 @@ def parse_arguments(description):
     out.add_argument("--resume", metavar="RUN", help="go on with this run, with its own settings")
     given = vars(parser.parse_args())
     resume = given.pop("resume", None)
-    if resume is not None and set(given) - {"recipe"}:
-        extra = ", ".join("--" + key.replace("_", "-") for key in given if key != "recipe")
+    if resume is not None and given:
+        extra = ", ".join("--" + key.replace("_", "-") for key in given)
         raise UserError(f"--resume goes on with the run's own settings; leave out {extra}")
     return given, resume
 
 
-def settle(given, train):
-    """Settings with every None decided from the data and the device -> dict. Prints what was chosen."""
-    s = DEFAULTS | RECIPES[given["recipe"]] | given
-    demo = given.get("data") is None
-    if s["backbone"] is None:
-        s["backbone"] = "ecvit-nano" if demo else "ecvitt"
-    spec = find_spec(s["backbone"])
-    if s["backbone_weights"] is None:
-        s["backbone_weights"] = "pretrained" if spec.source else "none"
-    scratch = s["backbone_weights"] == "none"
-    nano = s["backbone"] == "ecvit-nano"
+def settle(given, train, initial=None):
+    """Settings with every None decided from the data, the device and the checkpoint to start from -> dict. Prints what was chosen.
+
+    initial: the config of that checkpoint.
+    """
+    demo, pictures = given.get("data") is None, len(train.records)
+    given = dict(given)
+    if initial:
+        fixed = {key: initial[key] for key in ARCHITECTURE if initial.get(key) is not None}
+        for key in fixed.keys() & given.keys() | given.keys() & {"backbone_weights"}:
+            if fixed.get(key) != given[key]:
+                raise UserError(f"--{key.replace('_', '-')} {given[key]}: the architecture and its weights are those of --init {given['init']}; leave it out")
+        given |= fixed
+        given.setdefault("image_size", initial["image_size"])
+        given.setdefault("num_queries", initial["num_queries"])
+        given.setdefault("square", initial.get("square", False))
+        given["backbone_weights"] = "none"  # they come with the rest
+    recipe = given.get("recipe")
+    ecdet = "ecdet" in (given.get("detector"), recipe)
+    backbone = given.get("backbone") or (SIZES[given["size"]]["backbone"] if "size" in given else "ecvit-nano" if demo else "ecvitt")
+    spec = find_spec(backbone)
+    weights = given.get("backbone_weights") or ("pretrained" if spec.source else "none")
+    scratch = weights == "none" and not initial
+    s = DEFAULTS | RECIPES[recipe or ("ecdet" if ecdet and not scratch else "default")] | given
+    s |= {"backbone": backbone, "backbone_weights": weights}
+    for key in ("batch_size", "accumulate", "image_size", "num_queries", "decoder_layers", "epochs", "steps", "minutes"):
+        if s[key] is not None and s[key] <= 0:
+            raise UserError(f"--{key.replace('_', '-')} has to be more than 0, not {s[key]}")
+    nano = backbone == "ecvit-nano"
+    batch = lambda: s["batch_size"] * s["accumulate"]
     chosen = {}
 
     def choose(key, value):
         if s[key] is None:
             s[key] = chosen[key] = value
 
+    if s["detector"] == "ecdet":
+        choose("size", next((size for size, parts in SIZES.items() if parts["backbone"] == backbone), "m"))
+        choose("decoder_layers", SIZES[s["size"]]["layers"])
+    else:
+        choose("hidden_dim", 128 if nano else 256)
+        choose("num_heads", s["hidden_dim"] // 32)
+        choose("ffn_dim", 4 * s["hidden_dim"])
+        choose("decoder_layers", 2 if nano else 3)
     choose("image_size", 128 if demo else choose_image_size(train, 224 if nano else 640))
-    choose("batch_size", 8 if len(train.records) < 1000 else 16)
+    published = s["augment"] == "strong" and pictures >= 50000  # as many pictures as the recipe was made for, or nearly
+    choose("batch_size", 32 if published else 8 if pictures < 1000 else 16)
     most = train.most_objects
     choose("num_queries", max(100, min(300, 10 * most), 2 * most))  # many more than objects: the best of them are matched
-    choose("hidden_dim", 128 if nano else 256)
-    choose("num_heads", s["hidden_dim"] // 32)
-    choose("ffn_dim", 4 * s["hidden_dim"])
-    choose("decoder_layers", 2 if nano else 3)
     if s["epochs"] is s["steps"] is s["minutes"] is None:
-        pictures = len(train.records)
-        chosen["epochs"] = s["epochs"] = 40 if demo else 100 if pictures < 5000 else 50 if pictures < 20000 else 24
+        chosen["epochs"] = s["epochs"] = 40 if demo else 74 if published else 100 if pictures < 5000 else 50 if pictures < 20000 else 24
         if demo:
             chosen["minutes"] = s["minutes"] = 4.5
-    choose("lr", round((8e-4 if scratch else 4e-4) * math.sqrt(s["batch_size"] * s["accumulate"] / 16), 6))
+    if s["schedule"] == "flat-cosine" and s["detector"] == "ecdet":
+        scale = math.sqrt(batch() / 32) * (0.5 if initial else 1.0)  # a released file ended with half of the learning rate
+        lr, backbone_lr = (round(scale * value, 8) for value in ECDET_LR[s["size"]])
+    else:
+        lr = round((8e-4 if scratch else 4e-4) * math.sqrt(batch() / 16), 6)
+        backbone_lr = s["lr"] or lr if scratch else (s["lr"] or lr) / 10
     if scratch:  # random weights are neither worth keeping nor in danger
         s["freeze_backbone"] = given.get("freeze_backbone", 0)
-        s["backbone_lr"] = given.get("backbone_lr")
-    choose("backbone_lr", s["lr"] if scratch else s["lr"] / 10)
+        s["lr"], s["backbone_lr"] = given.get("lr"), given.get("backbone_lr")
+        backbone_lr = s["lr"] or lr
+    choose("lr", lr)
+    choose("backbone_lr", backbone_lr)
+    if initial and "optimizer" not in given:
+        s["optimizer"] = "adamw"  # Muon's steps are for weights that still have to be found
+    fit_to_budget(s, chosen, pictures, batch())
     quick = s["image_size"] < 320 and not torch.cuda.is_available()  # preparing a picture is nothing beside a step
     choose("workers", 0 if quick else min(4, os.cpu_count()))
     choose("out", next_free(Path("runs") / ("demo" if demo else Path(s["data"]).resolve().name)))
@@ -145,9 +200,6 @@ def settle(given, train):
         s["freeze_backbone"] = math.inf if s["freeze_backbone"] == "all" else float(s["freeze_backbone"])
     except ValueError:
         raise UserError(f"--freeze-backbone takes a number of epochs or all, not {s['freeze_backbone']}") from None
-    for key in ("batch_size", "accumulate", "image_size", "num_queries", "decoder_layers", "epochs", "steps", "minutes"):
-        if s[key] is not None and s[key] <= 0:
-            raise UserError(f"--{key.replace('_', '-')} has to be more than 0, not {s[key]}")
     if s["precision"] == "auto":
         s["precision"] = chosen["precision"] = "bfloat16" if fast_bfloat16() else "float32"
     s["num_classes"] = len(train.classes)
@@ -155,6 +207,19 @@ def settle(given, train):
     if train.most_objects > s["num_queries"]:
         print(f"warning: a picture has {train.most_objects} objects, more than the {s['num_queries']} queries; the rest can't be found")
     return s
+
+
+def fit_to_budget(s, chosen, pictures, batch):
+    """The published recipe's lengths, where the budget is shorter than COCO's 74 epochs: the warm-up takes a twentieth of it at
+    most, the average looks back over a twelfth at most, a tenth at the end is without augmentation at least."""
+    if s["warmup_steps"] is None:
+        return
+    steps = min(s["steps"] or math.inf, (s["epochs"] or math.inf) * math.ceil(pictures / batch))
+    s["warmup"] = chosen["warmup"] = round(min(0.05, s["warmup_steps"] / steps if math.isfinite(steps) and not s["minutes"] else 0.05), 5)
+    if steps < 100_000 or s["minutes"]:
+        s["plain_end"] = chosen["plain_end"] = 0.1
+    if math.isfinite(steps):
+        s["ema_horizon"] = chosen["ema_horizon"] = min(s["ema_horizon"], max(10, round(steps / 12)))
 
 
 def choose_image_size(split, smallest):

@@ -3,6 +3,8 @@
     python train.py                                              the demo: draws a data set, trains on it from nothing
     python train.py --data DIR                                   your data, COCO or Pascal VOC, on a pretrained ECViT
     python train.py --data DIR --backbone dinov3-vits16          another backbone, weights from the Hugging Face hub
+    python train.py --data DIR --detector ecdet                  another detector
+    python train.py --data DIR --init ecdet_s.pth                from a checkpoint: a released ECDet's, or of a run of yours
     python train.py --data DIR --recipe meta                     DETR as it was published in 2020
     python train.py --resume runs/demo                           goes on exactly where the run was stopped
 
@@ -11,6 +13,7 @@ A run leaves config.json, log.jsonl, last.pth, best.pth, curves.png, train_batch
 
 import json
 import math
+import re
 import signal
 import sys
 import time
@@ -25,14 +28,14 @@ from tqdm import tqdm
 
 import plots
 from backbones import parameter_depths
-from checkpoint import read_checkpoint, save_checkpoint
+from checkpoint import read_checkpoint, save_checkpoint, start_from
 from datasets import DetectionDataset, EndlessBatches, collate, load_splits
 from demo_data import make_demo
 from detr_model import build_model
 from errors import UserError, run
 from evaluate import evaluate
 from muon import Muon
-from settings import parse_arguments, settle
+from settings import DEFAULTS, parse_arguments, settle
 from transforms import eval_transforms, train_transforms
 
 MUON_LR = 30  # Muon's learning rate relative to AdamW's: 0.024 beside 8e-4
@@ -47,7 +50,8 @@ def main():
 
     # Data
     train, val = prepare_data(saved["config"] if saved else given)
-    s = saved["config"] if saved else settle(given, train)
+    initial = read_checkpoint(given["init"]) if given.get("init") else None
+    s = DEFAULTS | saved["config"] if saved else settle(given, train, initial and initial["config"])
     if saved and saved["classes"] != train.classes:
         raise UserError(f"{s['data']}: its classes are no longer those that {resume} was trained on")
 
@@ -56,6 +60,8 @@ def main():
     torch.manual_seed(s["seed"])
     without_weights = {**s, "backbone_weights": None}
     model, criterion, postprocess = build_model(without_weights if saved else s)
+    if initial:
+        start_from(model, initial, train.classes, given["init"])
     if s["checkpoint_activations"]:
         model.backbone.checkpoint_activations()
     model.to(device, memory_format=torch.channels_last)
@@ -66,7 +72,7 @@ def main():
         average.load_state_dict(model.state_dict())
     detector = model if average is None else average
     millions = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"{s['detector']} on {s['backbone']} (weights: {s['backbone_weights']}), {millions:.1f} M parameters, {device.type}, {s['precision']}")
+    print(f"{s['detector']} on {s['backbone']} (weights: {s['init'] or s['backbone_weights']}), {millions:.1f} M parameters, {device.type}, {s['precision']}")
 
     # Where the run stands
     step, spent, best, sums, counted = 0, 0.0, -math.inf, {}, 0
@@ -94,33 +100,38 @@ def main():
             "optimizers": [o.state_dict() for o in optimizers], "rng": torch.get_rng_state(), "cuda_rng": cuda_rng,
         })  # fmt: skip
 
+    # The budget decides when training ends, what the learning rate is, and how pictures are augmented.
+    step_pictures = s["batch_size"] * s["accumulate"]
+    steps_per_epoch = math.ceil(len(train.records) / step_pictures)
+    total_steps = min(s["steps"] or math.inf, (s["epochs"] or math.inf) * steps_per_epoch)
+    used = lambda step: max(step / total_steps, spent / 60 / s["minutes"] if s["minutes"] else 0.0)
+    phase = lambda shown: augmentation_phase(shown // len(train.records), used(shown // step_pictures), s)
+
     # Loaders: training pictures come as one endless stream, cut into full batches
     pad_and_stack = partial(collate, divisor=model.backbone.size_divisor)
     workers = dict(num_workers=s["workers"], collate_fn=pad_and_stack, worker_init_fn=ignore_interrupts, pin_memory=device.type == "cuda")
     cache_bytes = 2**30 // max(1, s["workers"])  # each worker keeps its own
-    train_set = DetectionDataset(train, train_transforms(s["image_size"], s["augment"], s["color_jitter"], s["rotate"]), cache_bytes)
-    val_set = DetectionDataset(val, eval_transforms(s["image_size"]), cache_bytes)
-    batches = EndlessBatches(len(train_set), s["batch_size"], s["seed"], first=step * s["accumulate"])
+    augmentation = train_transforms(s["image_size"], s["augment"], s["color_jitter"], s["rotate"], s["square"])
+    train_set = DetectionDataset(train, augmentation, cache_bytes)
+    val_set = DetectionDataset(val, eval_transforms(s["image_size"], s["square"]), cache_bytes)
+    batches = EndlessBatches(len(train_set), s["batch_size"], s["seed"], phase, first=step * s["accumulate"])
     # A loader draws a number when it starts; with a generator of its own it leaves the training's alone.
     stream = iter(DataLoader(train_set, batch_sampler=batches, generator=torch.Generator(), **workers))
     val_loader = DataLoader(val_set, batch_size=s["batch_size"], generator=torch.Generator(), **workers)
 
-    # Training. The budget decides when it ends and what the learning rate is.
-    steps_per_epoch = math.ceil(len(train_set) / (s["batch_size"] * s["accumulate"]))
-    total_steps = min(s["steps"] or math.inf, (s["epochs"] or math.inf) * steps_per_epoch)
-    used = lambda: max(step / total_steps, spent / 60 / s["minutes"] if s["minutes"] else 0.0)
+    # Training
     stop = []  # filled by Ctrl-C: the step under way is finished first
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.append(True))
     last_evaluation, evaluation_seconds, bad_steps = time.time(), 0.0, 0
     bar = tqdm(total=100, bar_format="{desc} {percentage:3.0f}% {bar:20} {postfix}", disable=None, leave=False)
-    while used() < 1 and not stop:
+    while used(step) < 1 and not stop:
         started = time.time()
         model.train()
         train_backbone = step // steps_per_epoch >= s["freeze_backbone"]
         model.backbone.requires_grad_(train_backbone).train(train_backbone)
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = group["peak_lr"] * learning_rate_factor(used(), s)
+            group["lr"] = group["peak_lr"] * learning_rate_factor(used(step), s)
         for _ in range(s["accumulate"]):
             images, mask, targets = next(stream)
             if step == 0 and not counted:
@@ -147,15 +158,15 @@ def main():
                 raise UserError(f"ten steps in a row without a finite loss; try a lower --lr than {s['lr']}, or --precision float32")
         model.zero_grad()
         if average is not None:
-            update_average(average, model, step)
+            update_average(average, model, step, s["ema_horizon"])
         step += 1
         spent += time.time() - started
         if not bar.disable and step % 5 == 0:
-            left = spent / used() - spent
-            bar.n = min(100, 100 * used())
+            left = spent / used(step) - spent
+            bar.n = min(100, 100 * used(step))
             bar.set_description_str(f"epoch {math.ceil(step / steps_per_epoch)}")
             bar.set_postfix_str(f"loss {float(loss):.2f}  {step / spent * 60:.0f} steps/min  {left // 60:.0f}:{left % 60:02.0f} left")
-        if step % steps_per_epoch and used() < 1:
+        if step % steps_per_epoch and used(step) < 1:
             continue
 
         # End of an epoch, or of the budget
@@ -164,7 +175,7 @@ def main():
         row["losses"] = {name: round(float(value) / counted, 5) for name, value in sums.items()}
         sums, counted = {}, 0
         due = epoch % s["eval_every"] == 0 if s["eval_every"] else time.time() - last_evaluation >= 9 * evaluation_seconds
-        if due or used() >= 1:
+        if due or used(step) >= 1:
             started = time.time()
             with autocast(s, device):
                 figures, found = evaluate(detector, postprocess, val_loader, val, device)
@@ -185,7 +196,7 @@ def main():
             save(f"epoch{epoch:04d}.pth")
 
     bar.close()
-    if used() < 1:
+    if used(step) < 1:
         save_last()
         print(f"stopped after step {step}; go on with: python train.py --resume {folder}")
         sys.exit(130)
@@ -236,10 +247,10 @@ def build_optimizers(model, s):
     last = max(depths.values())
     groups = {}
     for name, parameter in model.named_parameters():
-        lr, from_scratch = s["lr"], True
+        lr, from_scratch = s["lr"], s["init"] is None
         if name.startswith("backbone."):
             lr = s["backbone_lr"] * s["layer_decay"] ** (last - depths[name.removeprefix("backbone.")])
-            from_scratch = s["backbone_weights"] == "none"
+            from_scratch = from_scratch and s["backbone_weights"] == "none"
         muon = s["optimizer"] == "muon" and from_scratch and is_inner_matrix(name, parameter)
         if muon:
             lr, decay = MUON_LR * lr, MUON_DECAY
@@ -255,24 +266,35 @@ def build_optimizers(model, s):
 
 def is_inner_matrix(name, parameter):
     """Weights of layers within the network, not those that give classes or boxes, nor embeddings."""
-    return name.endswith(".weight") and "class" not in name and min(len(parameter), parameter[0].numel()) >= 16
+    gives_classes_or_edges = re.search(r"class|score_head|dec_bbox_head\.\d+\.layers\.2", name)
+    return name.endswith(".weight") and not gives_classes_or_edges and min(len(parameter), parameter[0].numel()) >= 16
+
+
+def augmentation_phase(passes, progress, s):
+    """passes over the data, progress in [0, 1) of the budget -> "plain", "varied" or "mixed", see EndlessBatches."""
+    if passes < s["plain_passes"] or progress >= 1 - s["plain_end"]:
+        return "plain"
+    return "mixed" if progress < s["mosaic"] else "varied"
 
 
 def learning_rate_factor(progress, s):
     """progress in [0, 1) of the budget -> share of the peak learning rate."""
     warm = min(1.0, max(progress, 1e-3) / s["warmup"]) if s["warmup"] else 1.0
+    if s["schedule"] == "flat-cosine":  # DEIM: flat for half of the run, then a cosine to half of the peak
+        return warm * (0.75 + 0.25 * math.cos(math.pi * max(0.0, 2 * progress - 1)))
     if s["schedule"] == "step":  # DETR: a tenth for the last third
         return warm * (1.0 if progress < 2 / 3 else 0.1)
     return warm * (1 - progress)
 
 
 @torch.no_grad()
-def update_average(average, model, step):
-    """Averages over about the last twelfth of the run so far, so that no budget needs a decay of its own.
+def update_average(average, model, step, horizon):
+    """Averages over about the last twelfth of the run so far, so that no budget needs a decay of its own; where a horizon is
+    given, over that many steps, reached within a tenth of it.
 
     Batch statistics are averaged as well: those of the last few batches are too noisy to evaluate with.
     """
-    weight = min(1.0, 12 / (step + 12))
+    weight = min(1.0, 12 / (step + 12)) if horizon is None else 1 - (1 - 1 / horizon) * (1 - math.exp(-10 * step / horizon))
     ours, theirs = list(average.state_dict().values()), list(model.state_dict().values())
     real = [i for i, value in enumerate(ours) if value.is_floating_point()]
     torch._foreach_lerp_([ours[i] for i in real], [theirs[i] for i in real], weight)

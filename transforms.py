@@ -11,6 +11,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which every backbone here was trained with
+PER_BOX = ("labels", "area", "iscrowd")  # of a target, besides its boxes
 SHORT_SIDE, LONG_SIDE = 800, 1333  # what a size setting of 800 means; others scale everything in proportion
 
 
@@ -51,7 +52,7 @@ def draw_integer(low, high):
 
 def per_box_entries(inputs):
     """What of (image, target) has an entry for each box."""
-    return [inputs[1][key] for key in ("labels", "area", "iscrowd")]
+    return [inputs[1][key] for key in PER_BOX]
 
 
 class ToDetector(v2.Transform):
@@ -80,13 +81,44 @@ class PickOne:
         return transform(image, target)
 
 
-def train_transforms(size=SHORT_SIDE, kind="zoom", color_jitter=0.0, rotate=0.0):
+def mosaic(samples):
+    """Four (image, target), uint8 and xyxy pixels -> one: a window, half to all of the sides, of the four set in a square, each
+    resized to the first. The picture's id and size stay the first's."""
+    h, w = samples[0][0].shape[-2:]
+    pixels, boxes = [], []
+    for (image, target), (x, y) in zip(samples, ((0, 0), (w, 0), (0, h), (w, h))):
+        image, box = TF.resize(image, [h, w], antialias=True), TF.resize(target["boxes"], [h, w])
+        pixels.append(image.as_subclass(torch.Tensor))
+        boxes.append(box.as_subclass(torch.Tensor) + torch.tensor([x, y, x, y]))
+    rows = [torch.cat(pixels[i : i + 2], dim=2) for i in (0, 2)]
+    image = tv_tensors.Image(torch.cat(rows, dim=1))
+    target = {**samples[0][1], "boxes": tv_tensors.BoundingBoxes(torch.cat(boxes), format="XYXY", canvas_size=(2 * h, 2 * w))}
+    for key in PER_BOX:
+        target[key] = torch.cat([t[key] for _, t in samples])
+    return RandomZoom(0.5)(image, target)
+
+
+def mix_up(samples, share):
+    """[(image, target)] of one size, ready for a detector -> each faded into its neighbour, `share` of its own, with the boxes
+    of both (arXiv 1710.09412). Pictures whose neighbour has another size stay as they are."""
+    mixed = []
+    for (image, target), (other, more) in zip(samples, samples[-1:] + samples[:-1]):
+        if image.shape == other.shape:
+            image = share * image + (1 - share) * other
+            target = {**target, **{key: torch.cat([target[key], more[key]]) for key in ("boxes", *PER_BOX)}}
+        mixed.append((image, target))
+    return mixed
+
+
+def train_transforms(size=SHORT_SIDE, kind="zoom", color_jitter=0.0, rotate=0.0, square=False):
     """-> PickOne for training. Lengths are in proportion to `size`, which stands for 800.
 
     "meta" is DETR's own: a flip; then the shortest side drawn from 480..800, or first a window of any proportions cut out.
     "zoom" is the default: a flip; in half of the cases a window of the picture's own proportions; then the shortest side
     that `draw` picks from the multiples of 32 in 480..800. `draw` is the same for a whole batch and batches are padded to
-    multiples of 32, so that hardly any padding is computed. Where `draw` is None: a flip, the whole picture, at 800.
+    multiples of 32, so that hardly any padding is computed. "strong" is ECDet's: a flip, changed colours, the picture made
+    smaller or a window cut out (SSD's, arXiv 1512.02325); then a side that `draw` picks from the multiples of 32 in 0.75..1.25
+    of `size`. Where `draw` is None: a flip, the whole picture, at `size`. square: pictures lose their proportions.
     """
     scaled = lambda n: max(16, round(n * size / SHORT_SIDE))
     longest = scaled(LONG_SIDE)
@@ -100,12 +132,23 @@ def train_transforms(size=SHORT_SIDE, kind="zoom", color_jitter=0.0, rotate=0.0)
         zoom = v2.RandomShortestSize([scaled(n) for n in (400, 500, 600)], antialias=True)
         window = v2.Compose([zoom, RandomSizeCrop(scaled(384), scaled(600)), resize])
         return PickOne(v2.Compose([*before, v2.RandomChoice([resize, window]), *after]))
-    whole = lambda side: v2.RandomShortestSize([side], longest, antialias=True)
-    window = v2.RandomApply([RandomZoom(0.5)], p=0.5)
-    sides = sorted({min(n, size) for n in range(32, size + 32, 32) if n >= scaled(480)})
-    return PickOne(v2.Compose([*before, whole(size), *after]), [v2.Compose([*before, window, whole(side), *after]) for side in sides])
+    plain = v2.Compose([*before, resize_to(size, longest, square), *after])
+    if kind == "strong":
+        fill = tuple(round(255 * m) for m in MEAN)
+        smaller = v2.RandomZoomOut(fill={tv_tensors.Image: fill, "others": 0}, side_range=(1.0, 4.0))
+        window = [v2.RandomPhotometricDistort(p=0.5), smaller, v2.RandomApply([v2.RandomIoUCrop()], p=0.8), v2.SanitizeBoundingBoxes(labels_getter=per_box_entries)]
+        sides = range(-(-size * 3 // 4 // 32) * 32, size * 5 // 4 + 1, 32)
+    else:
+        window = [v2.RandomApply([RandomZoom(0.5)], p=0.5)]
+        sides = sorted({min(n, size) for n in range(32, size + 32, 32) if n >= scaled(480)})
+    return PickOne(plain, [v2.Compose([*before, *window, resize_to(side, longest * side // size, square), *after]) for side in sides])
 
 
-def eval_transforms(size=SHORT_SIDE):
-    """The shortest side `size`, the longest 1333/800 of it at most."""
-    return PickOne(v2.Compose([v2.RandomShortestSize([size], round(size * LONG_SIDE / SHORT_SIDE), antialias=True), ToDetector()]))
+def resize_to(side, longest, square):
+    """The shortest side becomes `side`, the longest at most `longest`; or both become `side`."""
+    return v2.Resize([side, side], antialias=True) if square else v2.RandomShortestSize([side], longest, antialias=True)
+
+
+def eval_transforms(size=SHORT_SIDE, square=False):
+    """The shortest side `size`, the longest 1333/800 of it at most; or both `size`."""
+    return PickOne(v2.Compose([resize_to(size, round(size * LONG_SIDE / SHORT_SIDE), square), ToDetector()]))

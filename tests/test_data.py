@@ -14,7 +14,8 @@ from datasets import DetectionDataset, EndlessBatches, collate, load_splits, rea
 from demo_data import CLASSES, draw_picture, make_demo, overlap
 from errors import UserError
 from evaluate import coco_figures
-from transforms import MEAN, STD, eval_transforms, train_transforms
+from train import augmentation_phase
+from transforms import MEAN, STD, eval_transforms, mix_up, mosaic, train_transforms
 
 
 def edit(path, change):
@@ -106,7 +107,7 @@ def test_a_picture_without_boxes_is_kept(tmp_path):
     train, _ = load_splits(root)
     assert len(train.records) == 2 and "1 pictures have no box (kept: they teach what is background)" in train.remarks
     for draw in (None, 0.0, 0.9):
-        image, target = DetectionDataset(train, train_transforms(48))[0, 1, draw]
+        image, target = DetectionDataset(train, train_transforms(48))[0, 1, draw, False]
         assert target["boxes"].shape == (0, 4) and image.ndim == 3
 
 
@@ -246,7 +247,7 @@ def test_evaluation_sides_are_800_and_1333_in_proportion():
 
 def test_the_endless_stream_shows_every_picture_once_a_round_and_goes_on_anywhere():
     def take(n, **options):
-        stream = iter(EndlessBatches(10, 4, seed=3, **options))
+        stream = iter(EndlessBatches(10, 4, seed=3, phase=lambda shown: "varied", **options))
         return [next(stream) for _ in range(n)]
 
     batches = take(15)
@@ -260,30 +261,84 @@ def test_the_endless_stream_shows_every_picture_once_a_round_and_goes_on_anywher
     assert all(len({item[2] for item in batch}) == 1 for batch in batches)
 
 
-def test_the_first_passes_show_whole_pictures(tiny_data):
-    batches = list(itertools.islice(EndlessBatches(6, 3, seed=1, plain_passes=2), 8))
+def test_the_run_decides_when_pictures_are_whole_and_when_they_are_mixed(tiny_data):
+    settings = dict(plain_passes=2, plain_end=0.1, mosaic=0.5)
+    phases = [augmentation_phase(passes, progress, settings) for passes, progress in ((1, 0.0), (2, 0.1), (9, 0.5), (20, 0.95))]
+    assert phases == ["plain", "mixed", "varied", "plain"]
+    batches = list(itertools.islice(EndlessBatches(6, 3, seed=1, phase=lambda shown: "plain" if shown < 12 else "mixed" if shown < 18 else "varied"), 8))
     assert [batch[0][2] is None for batch in batches] == [True] * 4 + [False] * 4
+    assert [batch[0][3] for batch in batches] == [False] * 4 + [True] * 2 + [False] * 2
     data = DetectionDataset(load_splits(tiny_data)[0], train_transforms(96))
-    assert {tuple(data[0, seed, None][1]["size"].tolist()) for seed in range(10)} == {(96, 128)}
-    assert len({tuple(data[0, seed, seed / 10][1]["size"].tolist()) for seed in range(10)}) > 1
+    whole, varied = ([data[0, seed, draw, False][1]["size"] for seed, draw in enumerate(draws)] for draws in ([None] * 10, torch.arange(10) / 10))
+    assert {tuple(size.tolist()) for size in whole} == {(96, 128)} and len({tuple(size.tolist()) for size in varied}) > 1
+
+
+def test_a_mosaic_sets_four_pictures_in_a_square(tiny_data):
+    data = DetectionDataset(load_splits(tiny_data)[0], None)
+    samples = [data.load(i) for i in range(4)]
+    for (x, y), (_, target) in zip(((0, 0), (64, 0), (0, 48), (64, 48)), samples):
+        target["boxes"] += torch.tensor([x, y, x, y])  # where they lie in the square
+    wanted = torch.cat([target["boxes"] for _, target in samples])
+    for _, target in samples:
+        target["boxes"] -= torch.tensor([target["boxes"][0, 0] // 64 * 64, target["boxes"][0, 1] // 48 * 48] * 2)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        image, target = mosaic(samples)
+        h, w = image.shape[-2:]
+        assert 48 <= h <= 96 and abs(w / h - 4 / 3) < 0.05 and len(target["boxes"]) == len(target["labels"]) == 8
+        assert target["image_id"] == 0
+        for box, label, whole in zip(target["boxes"], target["labels"], wanted):
+            x1, y1, x2, y2 = box.int().tolist()
+            if (x2 - x1, y2 - y1) == tuple((whole[2:] - whole[:2]).int().tolist()):  # not cut off
+                red, _, blue = image[:, y1:y2, x1:x2].float().mean((1, 2))
+                assert (red > blue) == (label == 0)
+
+
+def test_mixed_up_pictures_have_the_boxes_of_both(tiny_data):
+    data = DetectionDataset(load_splits(tiny_data)[0], eval_transforms(48))
+    samples = [data[i] for i in range(3)]
+    mixed = mix_up(samples, 0.6)
+    assert torch.allclose(mixed[1][0], 0.6 * samples[1][0] + 0.4 * samples[0][0])
+    assert torch.equal(mixed[0][1]["boxes"], torch.cat([samples[0][1]["boxes"], samples[2][1]["boxes"]])) and len(mixed[0][1]["labels"]) == 4
+    other_size = [samples[0], (samples[1][0][:, :, 1:], samples[1][1])]
+    assert len(mix_up(other_size, 0.6)[0][1]["boxes"]) == 2
+    batch = [(i, 7 * k, 0.5, True) for k, i in enumerate(range(4))]
+    counts = {len(t["boxes"]) for seed in range(8) for _, t in DetectionDataset(load_splits(tiny_data)[0], train_transforms(48)).__getitems__([(i, seed + s, d, m) for i, s, d, m in batch])}
+    assert max(counts) > 4
+
+
+@pytest.mark.parametrize("square", [False, True])
+def test_strong_augmentation_keeps_boxes_on_their_objects(square, tiny_data):
+    data = DetectionDataset(load_splits(tiny_data)[0], train_transforms(96, "strong", square=square))
+    seen, sizes = 0, set()
+    for seed in range(30):
+        image, target = data[seed % 12, seed, seed / 30, seed % 2 == 0]
+        h, w = image.shape[-2:]
+        sizes.add((h, w))
+        for (cx, cy, bw, bh), label in zip(target["boxes"] * torch.tensor([w, h, w, h]), target["labels"]):
+            if bw > 8 and bh > 8:
+                red, _, blue = image[:, int(cy), int(cx)] * torch.tensor([0.229, 0.224, 0.225]) + torch.tensor([0.485, 0.456, 0.406])
+                seen += 1
+                assert abs(red - blue) > 0.2, (seed, label)
+    assert seen > 30 and len(sizes) > 1 and all((h == w) == square for h, w in sizes)
 
 
 def test_a_seed_decides_the_augmentation_and_leaves_the_global_generator_alone(tiny_data):
     data = DetectionDataset(load_splits(tiny_data)[0], train_transforms(48))
     torch.manual_seed(5)
-    a, _ = data[3, 17, 0.5]
+    a, _ = data[3, 17, 0.5, True]
     after = torch.rand(1)
     torch.manual_seed(5)
     assert torch.equal(after, torch.rand(1))
-    b, _ = data[3, 17, 0.5]
-    assert torch.equal(a, b) and any(a.shape != (c := data[3, s, 0.5][0]).shape or not torch.equal(a, c) for s in range(5))
+    b, _ = data[3, 17, 0.5, True]
+    assert torch.equal(a, b) and any(a.shape != (c := data[3, s, 0.5, True][0]).shape or not torch.equal(a, c) for s in range(5))
 
 
 def test_a_data_set_can_be_sent_to_worker_processes(tiny_data):
     """Workers are not always forked: on macOS, and since Python 3.14 on Linux, they get it pickled."""
-    for transforms in (train_transforms(48), train_transforms(48, "meta", 0.3, 10), eval_transforms(48)):
+    for transforms in (train_transforms(48), train_transforms(48, "meta", 0.3, 10), train_transforms(48, "strong"), eval_transforms(48)):
         data = pickle.loads(pickle.dumps(DetectionDataset(load_splits(tiny_data)[0], transforms)))
-        assert torch.equal(data[0, 1, 0.5][0], DetectionDataset(load_splits(tiny_data)[0], transforms)[0, 1, 0.5][0])
+        assert torch.equal(data[0, 1, 0.5, False][0], DetectionDataset(load_splits(tiny_data)[0], transforms)[0, 1, 0.5, False][0])
 
 
 def test_batches_are_padded_to_the_divisor_and_masked():

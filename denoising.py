@@ -1,0 +1,57 @@
+"""Contrastive denoising (DINO, arXiv 2203.03605): noisy copies of the objects as extra queries, which need no matching.
+
+A positive copy has to find its object again, a negative one, moved further, has to learn that it is none.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from torchvision.ops import box_convert
+
+LABEL_NOISE = 0.25  # share of the copies whose label is drawn anew
+
+
+@dataclass
+class Denoising:
+    """D queries a picture: labels (B, D) in 0..K, K for none; boxes (B, D, 4) cxcywh; blocked (D + Q, D + Q), True where a
+    query (row) must not see another; matches: image, query, object (M,), objects counted over the batch, of the positive copies."""
+
+    labels: torch.Tensor
+    boxes: torch.Tensor
+    blocked: torch.Tensor
+    matches: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def make_denoising(targets, num_classes, num_queries, copies=100):
+    """targets: B dicts with `labels` (T,) and `boxes` (T, 4) cxcywh -> Denoising, or None where no picture has an object.
+
+    As many groups of a positive and a negative copy of every object as fit `copies`, at least one. Groups see neither
+    each other nor are seen by the num_queries matching queries, which come after them.
+    """
+    most = max(len(t["labels"]) for t in targets)
+    if most == 0:
+        return None
+    groups = max(1, copies // most)
+    labels = pad_sequence([t["labels"] for t in targets], batch_first=True, padding_value=num_classes)
+    boxes = pad_sequence([t["boxes"] for t in targets], batch_first=True).float()
+    place = torch.arange(2 * groups * most, device=labels.device)
+    negative = place // most % 2 == 1
+
+    real = labels < num_classes
+    numbers = real.flatten().cumsum(0).view_as(real) - 1
+    image, query = (real.repeat(1, 2 * groups) & ~negative).nonzero(as_tuple=True)
+    matches = image, query, numbers[image, query % most]
+
+    labels, boxes = labels.repeat(1, 2 * groups), boxes.repeat(1, 2 * groups, 1)
+    flipped = (torch.rand(labels.shape, device=labels.device) < LABEL_NOISE) & (labels < num_classes)
+    labels = torch.where(flipped, torch.randint_like(labels, num_classes), labels)
+    sign = torch.randint_like(boxes, 2) * 2 - 1
+    shift = sign * (torch.rand_like(boxes) + negative[:, None]) * boxes[..., [2, 3, 2, 3]] / 2
+    moved = (box_convert(boxes, "cxcywh", "xyxy") + shift).clamp(0, 1)
+    x1, y1, x2, y2 = moved.unbind(-1)  # edges may have crossed
+    boxes = torch.stack([(x1 + x2) / 2, (y1 + y2) / 2, (x2 - x1).abs(), (y2 - y1).abs()], dim=-1)
+
+    group = torch.cat([place // (2 * most), place.new_full((num_queries,), -1)])
+    blocked = (group[None] != -1) & (group[:, None] != group[None])
+    return Denoising(labels, boxes, blocked, matches)

@@ -306,7 +306,7 @@ def test_mixed_up_pictures_have_the_boxes_of_both(tiny_data):
 
 @pytest.mark.parametrize("square", [False, True])
 def test_strong_augmentation_keeps_boxes_on_their_objects(square, tiny_data):
-    data = DetectionDataset(load_splits(tiny_data)[0], train_transforms(96, "strong", square=square))
+    data = DetectionDataset(load_splits(tiny_data)[0], train_transforms(128, "strong", square=square))
     seen, sizes = 0, set()
     for seed in range(30):
         image, target = data[seed % 12, seed, seed / 30, seed % 2 == 0]

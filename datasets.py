@@ -93,9 +93,10 @@ class DetectionDataset(torch.utils.data.Dataset):
         sample = self.load(index)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            if mixed and float(torch.rand(())) < 0.5:
+            is_mosaic = mixed and float(torch.rand(())) < 0.5
+            if is_mosaic:
                 sample = mosaic([sample, *(self.load(i) for i in torch.randint(len(self), (3,)).tolist())])
-            return self.transforms(*sample, draw)
+            return self.transforms(*sample, draw, is_mosaic)
 
     def __getitems__(self, indices):
         """A batch at once, as DataLoader asks for it."""

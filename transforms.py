@@ -71,13 +71,17 @@ class ToDetector(v2.Transform):
 
 
 class PickOne:
-    """(image, target, draw) -> (image, target), by the transform that draw in [0, 1) picks, or by `plain` where it is None."""
+    """(image, target, draw, is_mosaic) -> (image, target), by the transform that draw in [0, 1) picks, or by `plain` where it is None.
 
-    def __init__(self, plain, transforms=()):
-        self.plain, self.transforms = plain, transforms
+    A mosaic goes through its own transforms: it is a window already.
+    """
 
-    def __call__(self, image, target, draw):
-        transform = self.transforms[int(draw * len(self.transforms))] if self.transforms and draw is not None else self.plain
+    def __init__(self, plain, transforms=(), for_mosaics=()):
+        self.plain, self.transforms, self.for_mosaics = plain, transforms, for_mosaics
+
+    def __call__(self, image, target, draw, is_mosaic=False):
+        transforms = self.for_mosaics if is_mosaic else self.transforms
+        transform = transforms[int(draw * len(transforms))] if transforms and draw is not None else self.plain
         return transform(image, target)
 
 
@@ -136,12 +140,14 @@ def train_transforms(size=SHORT_SIDE, kind="zoom", color_jitter=0.0, rotate=0.0,
     if kind == "strong":
         fill = tuple(round(255 * m) for m in MEAN)
         smaller = v2.RandomZoomOut(fill={tv_tensors.Image: fill, "others": 0}, side_range=(1.0, 4.0))
-        window = [v2.RandomPhotometricDistort(p=0.5), smaller, v2.RandomApply([v2.RandomIoUCrop()], p=0.8), v2.SanitizeBoundingBoxes(labels_getter=per_box_entries)]
+        before.append(v2.RandomPhotometricDistort(p=0.5))
+        window = [smaller, v2.RandomApply([v2.RandomIoUCrop()], p=0.8), v2.SanitizeBoundingBoxes(labels_getter=per_box_entries)]
         sides = range(-(-size * 3 // 4 // 32) * 32, size * 5 // 4 + 1, 32)
     else:
         window = [v2.RandomApply([RandomZoom(0.5)], p=0.5)]
         sides = sorted({min(n, size) for n in range(32, size + 32, 32) if n >= scaled(480)})
-    return PickOne(plain, [v2.Compose([*before, *window, resize_to(side, longest * side // size, square), *after]) for side in sides])
+    varied = lambda window: [v2.Compose([*before, *window, resize_to(side, longest * side // size, square), *after]) for side in sides]
+    return PickOne(plain, varied(window), varied([]))
 
 
 def resize_to(side, longest, square):

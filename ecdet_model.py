@@ -295,10 +295,10 @@ class Decoder(nn.Module):
         """
         memory = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1)
         share = memory.new_ones(len(memory), 2, dtype=torch.float32) if share is None else share
-        anchors, valid = make_anchors([level.shape[-2:] for level in levels], share)
+        anchors, valid, padding = make_anchors([level.shape[-2:] for level in levels], share)
         memory = memory * valid.to(memory.dtype)
         scores = self.enc_score_head(memory)
-        best = scores.detach().amax(-1).topk(min(self.num_queries, scores.shape[1]), dim=1).indices[..., None]
+        best = scores.detach().amax(-1).masked_fill(padding, -torch.inf).topk(min(self.num_queries, scores.shape[1]), dim=1).indices[..., None]
         pick = lambda x: x.gather(1, best.expand(-1, -1, x.shape[-1]))
         tokens = pick(memory)
         boxes = (self.enc_bbox_head(tokens).float() + pick(anchors)).sigmoid()
@@ -341,7 +341,10 @@ class Decoder(nn.Module):
 
 def make_anchors(sizes, share):
     """sizes [(h, w)] of the levels, finest first, share (B, 2) of width and height that is no padding -> anchors (B, N, 4),
-    logits of cxcywh, infinite where invalid, and valid (B, N, 1)."""
+    logits of cxcywh, infinite where invalid, valid (B, N, 1), and padding (B, N).
+
+    Those too near the border are invalid but may be selected, as in the original; padding is not.
+    """
     anchors = []
     for level, (h, w) in enumerate(sizes):
         y, x = torch.meshgrid(*((torch.arange(n, device=share.device) + 0.5) / n for n in (h, w)), indexing="ij")
@@ -349,8 +352,9 @@ def make_anchors(sizes, share):
         anchors.append(torch.stack([x, y, side, side], dim=-1).flatten(0, 1))
     anchors = torch.cat(anchors)[None]
     valid = ((anchors > 0.01) & (anchors < 0.99)).all(-1, keepdim=True)
-    valid = valid & (anchors[..., :2] < share[:, None]).all(-1, keepdim=True)
-    return anchors.logit().masked_fill(~valid, torch.inf), valid
+    padding = (anchors[..., :2] >= share[:, None]).any(-1)
+    valid = valid & ~padding[..., None]
+    return anchors.logit().masked_fill(~valid, torch.inf), valid, padding
 
 
 class Pyramid(nn.Module):

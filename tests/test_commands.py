@@ -86,9 +86,10 @@ def test_evaluate_gives_the_figures_of_the_run(finished_run, tiny_data):
     assert {"AP50", "AR_100", "class/kind 7", "class/kind 300"} <= set(figures) and figures["class/kind 90001"] == "-"
 
 
-@pytest.mark.parametrize("recipe", ["default", "meta"])
+@pytest.mark.parametrize("recipe", ["default", "meta", "ecdet"])
 def test_a_stopped_run_ends_with_the_same_weights_as_one_never_stopped(recipe, tiny_data, tmp_path, finished_run):
-    """SIGINT in the middle of an epoch, then --resume: equal to the bit. meta adds dropout and no average."""
+    """SIGINT in the middle of an epoch, then --resume: equal to the bit. meta adds dropout and no average, ecdet noisy copies,
+    mosaics and mix-up."""
     arguments = ["--data", tiny_data, *SMALL, "--recipe", recipe, "--steps", 16, "--accumulate", 2, "--seed", 3, "--freeze-backbone", 2]
     whole = command("train.py", *arguments, "--out", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr

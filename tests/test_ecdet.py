@@ -6,7 +6,9 @@ import torch
 from conftest import ROOT, reference_weight
 
 from backbones import build_backbone
-from detr_loss import HungarianMatcher
+from denoising import make_denoising
+from detr_loss import HungarianMatcher, to_xyxy
+from detr_model import build_model
 from ecdet_loss import RefinementCriterion, union_of_matches
 from ecdet_model import SIZES, ECDet, position_embedding
 from edges import bin_distances, corners_to_boxes
@@ -102,3 +104,89 @@ def test_any_multiple_of_32_and_pictures_without_objects(shape):
         losses = RefinementCriterion(HungarianMatcher(2, 5, 2))(outputs, targets)
         assert all(torch.isfinite(value) for value in losses.values())
     sum(losses.values()).backward()
+
+
+@pytest.mark.parametrize("backbone, shape", [("dinov3-vits16", (48, 80)), ("dinov2-small", (42, 70)), ("dinov3-convnext-tiny", (64, 96)), ("ecvitt", (64, 64)), ("ecvit-nano", (50, 90))])
+def test_any_backbone_feeds_it(backbone, shape):
+    torch.manual_seed(0)
+    config = dict(detector="ecdet", size="m", backbone=backbone, backbone_weights=None, num_classes=3, num_queries=15, decoder_layers=2)
+    model, criterion, postprocess = build_model(config)
+    images = torch.randn(2, 3, *shape)
+    targets = [{"labels": t["labels"] % 3, "boxes": t["boxes"]} for t in TARGETS]
+    outputs = model(images, no_padding(images), targets)
+    losses = criterion(outputs, targets)
+    assert {"loss_class", "loss_fgl_aux_0", "loss_giou_enc", "loss_bbox_pre_dn", "loss_ddf_aux_0_dn"} <= losses.keys()
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(value) for value in losses.values())
+    silent = [n for n, p in model.named_parameters() if p.grad is None and not n.startswith("backbone.")]
+    assert silent == []
+    detections = postprocess(model.eval()(images, no_padding(images)), torch.tensor([[100, 200]] * 2))
+    assert len(detections) == 2 and (detections[0]["boxes"][:, 2] <= 200).all() and len(detections[0]["scores"]) == 45
+
+
+def test_boxes_are_relative_to_the_picture_without_its_padding():
+    """An untrained head leaves every box on its anchor: a cell's centre, 0.05 of the padded picture wide on the finest level."""
+    torch.manual_seed(0)
+    model = build("nano", num_classes=3, num_queries=40).eval()
+    images = torch.randn(2, 3, 64, 128)
+    mask = no_padding(images)
+    mask[0, :, 64:], mask[1, 32:] = True, True
+    boxes = model(images, mask)["pred_boxes"]
+    assert (boxes[..., :2] < 1).all() and (boxes[..., :2] > 0).all()
+    width, height = boxes[0, :, 2] * 64, boxes[0, :, 3] * 64  # pixels
+    assert torch.allclose(width, 2 * height, atol=1e-3)
+    level = (width / (0.05 * 128)).log2()
+    assert torch.allclose(level, level.round(), atol=1e-3)
+    column = boxes[0, :, 0] * 64 / (8 * 2**level) - 0.5
+    assert torch.allclose(column, column.round(), atol=1e-3)
+
+
+def test_noisy_copies_change_nothing_for_the_matching_queries_or_for_other_groups():
+    torch.manual_seed(0)
+    model = build("nano", num_classes=70, num_queries=20)
+    for parameter in model.decoder.parameters():  # away from the zeros of a fresh model
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    levels = [torch.randn(2, 128, n, n) for n in (16, 8, 4)]
+    model.decoder.train()
+    noisy, plain = model.decoder(levels, targets=TARGETS), model.decoder(levels)
+    assert "denoising" in noisy and "denoising" not in plain
+    for a, b in zip((noisy, *noisy["aux_outputs"], noisy["pre"], noisy["enc"]), (plain, *plain["aux_outputs"], plain["pre"], plain["enc"])):
+        assert torch.allclose(a["pred_logits"], b["pred_logits"], atol=1e-4) and torch.allclose(a["pred_boxes"], b["pred_boxes"], atol=1e-5)
+    blocked = make_denoising(TARGETS, 70, 20).blocked
+    group = torch.arange(198) // 6  # 33 groups of three objects, positive and negative
+    assert torch.equal(blocked[:198, :198], group[:, None] != group[None]) and not blocked[:198, 198:].any()
+    assert blocked[198:, :198].all() and not blocked[198:, 198:].any()
+
+
+def test_copies_of_an_object_are_moved_by_up_to_half_of_it_or_by_half_to_the_whole():
+    torch.manual_seed(0)
+    targets = [{"labels": torch.tensor([2, 0]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.1], [0.4, 0.5, 0.1, 0.2]])}, {"labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.4, 0.2, 0.2]])}]
+    noisy = make_denoising(targets, 40, 7)
+    assert noisy.labels.shape == (2, 200) and noisy.boxes.shape == (2, 200, 4) and noisy.blocked.shape == (207, 207)
+    image, query, target = noisy.matches
+    assert len(target) == 50 * 3 and set(target[image == 0].tolist()) == {0, 1} and set(target[image == 1].tolist()) == {2}
+    every = torch.cat([t["boxes"] for t in targets])[target]
+    shift = (to_xyxy(noisy.boxes[image, query]) - to_xyxy(every)) / every[:, [2, 3, 2, 3]]
+    assert shift.abs().max() <= 0.5 + 1e-5 and shift.abs().mean() == pytest.approx(0.25, abs=0.03)
+    kept = (noisy.labels[image, query] == torch.tensor([2, 0, 1])[target]).float().mean()
+    assert 0.65 < kept < 0.87  # a quarter drawn anew
+    negative = (torch.arange(200) // 2 % 2 == 1)[None] & (noisy.labels < 40)
+    negative[1, 1::2] = False
+    wide = noisy.boxes[0][negative[0]][::2, 2:] / 0.2  # of the first object: edges moved by 1..2 halves either way, maybe crossed
+    assert (wide[:, 0] <= 3.01).all() and (wide[:, 0] > 1.01).any()
+    assert (noisy.labels[1, 1::2] == 40).all() and make_denoising([{"labels": torch.zeros(0, dtype=torch.long), "boxes": torch.zeros(0, 4)}], 40, 7) is None
+
+
+def test_each_term_is_the_sum_over_pictures():
+    """A batch's unnormalised terms do not depend on what else is in it: two pictures together lose what each loses alone."""
+    torch.manual_seed(0)
+    model = build("nano", num_classes=70, num_queries=30)
+    model.decoder.train()
+    levels = [torch.randn(2, 128, n, n) for n in (16, 8, 4)]
+    outputs = model.decoder(levels)
+    take = lambda x, i: {k: take(v, i) for k, v in x.items()} if isinstance(x, dict) else [take(v, i) for v in x] if isinstance(x, list) else x[i : i + 1]
+    criterion = RefinementCriterion(HungarianMatcher(2, 5, 2))
+    with torch.no_grad():
+        both, alone = criterion(outputs, TARGETS), [criterion(take(outputs, i), TARGETS[i : i + 1]) for i in range(2)]
+    for name in ("loss_class", "loss_class_enc", "loss_class_aux_0"):
+        assert float(both[name]) * 4 == pytest.approx(3 * float(alone[0][name]) + float(alone[1][name]), rel=1e-4)

@@ -14,8 +14,8 @@ LABEL_NOISE = 0.25  # share of the copies whose label is drawn anew
 
 @dataclass
 class Denoising:
-    """D queries a picture: labels (B, D) in 0..K, K for none; boxes (B, D, 4) cxcywh; blocked (D + Q, D + Q), True where a
-    query (row) must not see another; matches: image, query, object (M,), objects counted over the batch, of the positive copies."""
+    """D queries a picture: labels (B, D) in 0..K, K for none; boxes (B, D, 4) cxcywh; blocked (D, D + Q), True where a
+    copy (row) must not see a query; matches: image, query, object (M,), objects counted over the batch, of the positive copies."""
 
     labels: torch.Tensor
     boxes: torch.Tensor
@@ -53,5 +53,5 @@ def make_denoising(targets, num_classes, num_queries, copies=100):
     boxes = torch.stack([(x1 + x2) / 2, (y1 + y2) / 2, (x2 - x1).abs(), (y2 - y1).abs()], dim=-1)
 
     group = torch.cat([place // (2 * most), place.new_full((num_queries,), -1)])
-    blocked = (group[None] != -1) & (group[:, None] != group[None])
+    blocked = (group[None] != -1) & (group[: len(place), None] != group[None])
     return Denoising(labels, boxes, blocked, matches)

@@ -94,7 +94,10 @@ class Downsample(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention of x (B, N, C) in itself; pos is added to queries and keys, not to values."""
+    """Multi-head attention of x (B, N, C) in itself; pos is added to queries and keys, not to values.
+
+    With a bias (D, N), the first D of x are noisy copies: the bias is added to their scores, and the others do not see them.
+    """
 
     def __init__(self, dim):
         super().__init__()
@@ -104,12 +107,16 @@ class SelfAttention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, x, pos, bias=None):
-        """bias (N, N) is added to the scores."""
         dim = x.shape[-1]
         (w_qk, w_v), (b_qk, b_v) = (parameter.split([2 * dim, dim]) for parameter in (self.in_proj_weight, self.in_proj_bias))
         q, k = F.linear(x + pos, w_qk, b_qk).unflatten(-1, (2, HEADS, -1)).permute(2, 0, 3, 1, 4)
         v = F.linear(x, w_v, b_v).unflatten(-1, (HEADS, -1)).transpose(1, 2)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
+        if bias is None:
+            x = F.scaled_dot_product_attention(q, k, v)
+        else:
+            copies = len(bias)
+            of_copies = F.scaled_dot_product_attention(q[:, :, :copies], k, v, attn_mask=bias.to(q.dtype))
+            x = torch.cat([of_copies, F.scaled_dot_product_attention(*(part[:, :, copies:] for part in (q, k, v)))], dim=2)
         return self.out_proj(x.transpose(1, 2).flatten(2))
 
 

@@ -152,6 +152,8 @@ def settle(given, train, initial=None):
     for key in ("batch_size", "accumulate", "image_size", "num_queries", "decoder_layers", "epochs", "steps", "minutes"):
         if s[key] is not None and s[key] <= 0:
             raise UserError(f"--{key.replace('_', '-')} has to be more than 0, not {s[key]}")
+    if s["size"] and s["detector"] != "ecdet":
+        raise UserError(f"--size {s['size']} is ECDet's; add --detector ecdet")
     nano = backbone == "ecvit-nano"
     batch = lambda: s["batch_size"] * s["accumulate"]
     chosen = {}

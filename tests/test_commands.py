@@ -132,6 +132,8 @@ def test_a_checkpoint_runs_no_code(tmp_path, monkeypatch, capsys):
         (train.main, ["--data", "DATA", "--backbone-weights", "lost.pth"], "lost.pth: no such"),
         (train.main, ["--data", "DATA", "--backbone", "ecvit-nano", "--batch-size", "0"], "--batch-size has to be more than 0"),
         (train.main, ["--data", "DATA", "--backbone", "ecvit-nano", "--freeze-backbone", "some"], "--freeze-backbone takes a number"),
+        (train.main, ["--data", "DATA", "--size", "l"], "add --detector ecdet"),
+        (train.main, ["--data", "DATA", "--init", "PICTURE"], "not a checkpoint"),
         (train.main, ["--data", "DATA", "--train-split", "summer"], "no annotations for 'summer'"),
         (train.main, ["--resume", "runs/none"], "runs/none/last.pth: no such checkpoint"),
         (train.main, ["--resume", "runs/none", "--lr", "1"], "leave out --lr"),

@@ -204,8 +204,8 @@ class DeformableAttention(nn.Module):
         out = 0
         for level, part, weight in zip(levels, grid.split(POINTS, dim=1), weights.split(POINTS, dim=2)):
             values = level.reshape(batch * HEADS, dim // HEADS, *level.shape[-2:])
-            for place, share in zip(part.split(1, dim=1), weight.unbind(2)):
-                out = out + F.grid_sample(values, place.to(values.dtype), align_corners=False)[:, :, 0] * share
+            pieces = zip(*(x.split(32) for x in (values, part.to(values.dtype), weight)))  # what a processor's cache holds
+            out = out + torch.cat([(F.grid_sample(v, p, align_corners=False) * w).sum(2) for v, p, w in pieces])
         return out.view(batch, dim, queries).transpose(1, 2)
 
 
@@ -319,6 +319,9 @@ class Decoder(nn.Module):
             boxes, copies = torch.cat([noisy.boxes * share, boxes], dim=1), noisy.labels.shape[1]
             bias = torch.zeros(noisy.blocked.shape, device=x.device).masked_fill(noisy.blocked, -torch.inf)
         pos = self.query_pos_head(boxes.to(x.dtype)).clamp(-10, 10)
+        for level in levels:
+            if level.requires_grad:  # gradients come back in the layout that the convolutions are fast with
+                level.register_hook(lambda grad: grad.contiguous(memory_format=torch.channels_last))
         levels = [level.contiguous() for level in levels]
         corners, before, outputs, last = 0, 0, [], len(self.decoder.layers) - 1
         for i, layer in enumerate(self.decoder.layers):

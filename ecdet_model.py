@@ -268,9 +268,9 @@ class RefinementLayers(nn.Module):
 class Decoder(nn.Module):
     """Selects queries from the memory and refines their boxes, layer by layer, as distributions over each edge's distance."""
 
-    def __init__(self, dim, ffn_dim, num_classes, num_queries=300, layers=4):
+    def __init__(self, dim, ffn_dim, num_classes, num_queries=300, layers=4, copies=100):
         super().__init__()
-        self.num_queries, self.denoising = num_queries, True
+        self.num_queries, self.copies = num_queries, copies
         self.decoder = RefinementLayers(dim, ffn_dim, layers)
         self.denoising_class_embed = nn.Embedding(num_classes + 1, dim, padding_idx=num_classes)
         self.enc_score_head = nn.Linear(dim, num_classes)
@@ -313,7 +313,7 @@ class Decoder(nn.Module):
         enc = {"pred_logits": pick(scores).float(), "pred_boxes": boxes / share}
 
         x, boxes, copies, bias = tokens.detach(), boxes.detach(), 0, None
-        noisy = make_denoising(targets, scores.shape[-1], x.shape[1]) if self.denoising and self.training and targets else None
+        noisy = make_denoising(targets, scores.shape[-1], x.shape[1], self.copies) if self.training and targets else None
         if noisy:
             x = torch.cat([self.denoising_class_embed(noisy.labels).to(x.dtype), x], dim=1)
             boxes, copies = torch.cat([noisy.boxes * share, boxes], dim=1), noisy.labels.shape[1]
@@ -339,14 +339,23 @@ class Decoder(nn.Module):
             boxes, before = boxes.detach(), x.detach()
         if not self.training:
             return {**outputs[-1], "aux_outputs": []}
-        cut = [{key: value.split([copies, value.shape[1] - copies], dim=1) for key, value in output.items()} for output in (*outputs, pre)]
-        of_copies, found = (
-            {**last, "aux_outputs": aux, "pre": first}
-            for *aux, last, first in ([{key: parts[i] for key, parts in output.items()} for output in cut] for i in (0, 1))
-        )
+        of_copies, of_queries = split_queries([*outputs, pre], copies)
+        found = {**as_outputs(of_queries), "enc": enc}
         if noisy:
-            found["denoising"] = {**of_copies, "matches": noisy.matches}
-        return {**found, "enc": enc}
+            found["denoising"] = {**as_outputs(of_copies), "matches": noisy.matches}
+        return found
+
+
+def split_queries(layers, count):
+    """layers: [{name: (B, Q, ...)}] -> the same of the first `count` queries, and of the others."""
+    parts = [{key: value.split([count, value.shape[1] - count], dim=1) for key, value in layer.items()} for layer in layers]
+    return tuple([{key: value[i] for key, value in layer.items()} for layer in parts] for i in (0, 1))
+
+
+def as_outputs(layers):
+    """[first layer's, ..., last layer's, pre] -> one dictionary."""
+    *aux, last, pre = layers
+    return {**last, "aux_outputs": aux, "pre": pre}
 
 
 def make_anchors(sizes, share):
@@ -391,13 +400,14 @@ class ECDet(nn.Module):
     A backbone with strides 8, 16, 32 of the width `dim` (ECViT) feeds the encoder directly, any other through `Pyramid`.
     """
 
-    def __init__(self, backbone, dim, num_classes, encoder_ffn, csp_depth, csp_expansion, decoder_ffn, layers=4, num_queries=300):
+    def __init__(self, backbone, dim, num_classes, encoder_ffn, csp_depth, csp_expansion, decoder_ffn, layers=4, copies=100,
+                 num_queries=300):  # fmt: skip
         super().__init__()
         self.backbone = backbone
         fits = tuple(backbone.strides) == (8, 16, 32) and set(backbone.channels) == {dim}
         self.pyramid = None if fits else Pyramid(backbone.channels, backbone.strides, dim)
         self.encoder = HybridEncoder(dim, encoder_ffn, csp_expansion, csp_depth)
-        self.decoder = Decoder(dim, decoder_ffn, num_classes, num_queries, layers)
+        self.decoder = Decoder(dim, decoder_ffn, num_classes, num_queries, layers, copies)
 
     def forward(self, images, mask, targets=None):
         features = self.backbone(images)
@@ -408,9 +418,10 @@ class ECDet(nn.Module):
         return self.decoder(self.encoder(features), share, targets)
 
 
-# the backbone of the released files, width, encoder FFN, CSP depth and expansion, decoder FFN and layers; nano is ours
+# the backbone of the released files, width, encoder FFN, CSP depth and expansion, decoder FFN and layers; nano is ours, and learns
+# as much from fewer noisy copies in less time
 SIZES = {
-    "nano": dict(backbone="ecvit-nano", dim=128, encoder_ffn=512, csp_depth=1, csp_expansion=0.5, decoder_ffn=512, layers=2),
+    "nano": dict(backbone="ecvit-nano", dim=128, encoder_ffn=512, csp_depth=1, csp_expansion=0.5, decoder_ffn=512, layers=2, copies=40),
     "s": dict(backbone="ecvitt", dim=192, encoder_ffn=512, csp_depth=2, csp_expansion=0.34, decoder_ffn=512, layers=4),
     "m": dict(backbone="ecvittplus", dim=256, encoder_ffn=512, csp_depth=2, csp_expansion=0.75, decoder_ffn=1024, layers=4),
     "l": dict(backbone="ecvits", dim=256, encoder_ffn=1024, csp_depth=3, csp_expansion=0.75, decoder_ffn=1024, layers=4),

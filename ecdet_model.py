@@ -204,7 +204,7 @@ class DeformableAttention(nn.Module):
         out = 0
         for level, part, weight in zip(levels, grid.split(POINTS, dim=1), weights.split(POINTS, dim=2)):
             values = level.reshape(batch * HEADS, dim // HEADS, *level.shape[-2:])
-            pieces = zip(*(x.split(32) for x in (values, part.to(values.dtype), weight)))  # what a processor's cache holds
+            pieces = zip(*(x.split(32) for x in (values, part, weight)))  # what a processor's cache holds
             out = out + torch.cat([(F.grid_sample(v, p, align_corners=False) * w).sum(2) for v, p, w in pieces])
         return out.view(batch, dim, queries).transpose(1, 2)
 
@@ -322,7 +322,7 @@ class Decoder(nn.Module):
         for level in levels:
             if level.requires_grad:  # gradients come back in the layout that the convolutions are fast with
                 level.register_hook(lambda grad: grad.contiguous(memory_format=torch.channels_last))
-        levels = [level.contiguous() for level in levels]
+        levels = [level.float().contiguous() for level in levels]  # positions between cells need more digits than bfloat16 has
         corners, before, outputs, last = 0, 0, [], len(self.decoder.layers) - 1
         for i, layer in enumerate(self.decoder.layers):
             x = layer(x, pos, boxes, levels, bias)

@@ -189,3 +189,21 @@ def test_each_term_is_the_sum_over_pictures():
         both, alone = criterion(outputs, TARGETS), [criterion(take(outputs, i), TARGETS[i : i + 1]) for i in range(2)]
     for name in ("loss_class", "loss_class_enc", "loss_class_aux_0"):
         assert float(both[name]) * 4 == pytest.approx(3 * float(alone[0][name]) + float(alone[1][name]), rel=1e-4)
+
+
+def test_in_bfloat16_positions_keep_their_digits():
+    torch.manual_seed(0)
+    model = build("nano", num_classes=70, num_queries=30).decoder
+    for parameter in model.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    levels = [torch.randn(2, 128, n, n) for n in (128, 64, 32)]
+    attention = model.decoder.layers[0].cross_attn
+    query, boxes = 0.05 * torch.randn(2, 30, 128), torch.rand(2, 30, 4)
+    wanted = attention(query, boxes, levels)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attention(query, boxes, levels)
+        outputs = model.train()(levels, targets=TARGETS)
+    assert (found - wanted).abs().mean() < 0.075 * wanted.abs().mean()  # offsets are rounded, which gives 0.055; rounded positions would give 0.095
+    losses = RefinementCriterion(HungarianMatcher(2, 5, 2))(outputs, TARGETS)
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(value) for value in losses.values()) and outputs["pred_boxes"].dtype == torch.float32

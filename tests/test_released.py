@@ -1,6 +1,8 @@
 """ECDet's released files, as files of the same names and shapes with other weights: they open, detect, fine-tune."""
 
 import json
+import shutil
+import urllib.error
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ import infer
 import train
 from checkpoint import load_detector, read_checkpoint, start_from
 from detr_model import build_model
+from errors import UserError
 from released import coco_classes
 
 CONSTANTS = {"up": torch.tensor([0.5]), "reg_scale": torch.tensor([4.0]), "num_points_scale": torch.tensor([1 / 3] * 3 + [1 / 6] * 6 + [1 / 3] * 3)}
@@ -122,3 +125,22 @@ def test_a_released_file_has_no_data_of_its_own(released, tiny_data, monkeypatch
     arguments = ["--data", tiny_data, "--init", released / "plain.pth", "--backbone", "ecvits"]
     status, _, error = called(train.main, arguments, monkeypatch, capsys)
     assert status == 2 and "--backbone ecvits" in error
+
+
+def test_a_released_file_that_is_not_here_is_downloaded_once(released, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "cache"))
+    calls = []
+
+    def download(url, path):
+        calls.append(url)
+        if len(calls) == 1:
+            raise urllib.error.URLError("no network")
+        shutil.copy(released / "ecdet_s.pth", path)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    with pytest.raises(UserError, match="ecdet_s.pth: can't be downloaded .*no network.*give the path"):
+        read_checkpoint("ecdet_s.pth")
+    for _ in range(2):
+        assert read_checkpoint("ecdet_s.pth")["config"]["size"] == "s"
+    assert calls == ["https://github.com/capsule2077/edgecrafter/releases/download/edgecrafterv1/ecdet_s.pth"] * 2

@@ -20,6 +20,7 @@ from backbones import build_backbone
 from detr_loss import HungarianMatcher, PostProcess, SetCriterion
 from ecdet_model import build_ecdet
 from layers import Mlp
+from refinement import shift_boxes
 
 ANCHOR_CELLS = 4  # side of the boxes that the dense predictions start from
 
@@ -27,17 +28,6 @@ ANCHOR_CELLS = 4  # side of the boxes that the dense predictions start from
 def build_model(config):
     """config: a plain dict of values, as a run's config.json holds -> (model, criterion, postprocess)."""
     return DETECTORS[config["detector"]](config)
-
-
-def shift_boxes(boxes, deltas):
-    """boxes, deltas (..., 4) cxcywh -> boxes moved by deltas measured in their own size (as in R-CNN, arXiv 1311.2524).
-
-    The same deltas mean the same pixels' pattern wherever the object is and however large the picture; a shift of
-    logits, as in Deformable DETR, does not. Clamped to [0, 1], sizes to 1e-4 at least.
-    """
-    centres = boxes[..., :2] + deltas[..., :2] * boxes[..., 2:]
-    sizes = boxes[..., 2:] * deltas[..., 2:].clamp(-4, 4).exp()
-    return torch.cat([centres.clamp(0, 1), sizes.clamp(1e-4, 1)], dim=-1)
 
 
 def sine_embedding(positions, dim, temperature=10000):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from detr_loss import pairwise_giou, quality_loss, to_xyxy
-from edges import REG_MAX, bin_distances, edge_distances
+from refinement import REG_MAX, bin_distances, edge_distances
 
 TEMPERATURE = 5.0  # of the distributions that earlier layers learn from the last
 
@@ -62,15 +62,16 @@ class RefinementCriterion(nn.Module):
         terms["bbox"] = (predicted - wanted).abs().sum((1, 2)) / total
         terms["giou"] = (1 - giou).sum(1) / total
 
-        corners = torch.stack([output["pred_corners"] for output in (*outputs["aux_outputs"], outputs)]).unflatten(-1, (4, REG_MAX + 1))
-        iou = iou[:refined].detach()
-        distances = edge_distances(outputs["initial_boxes"][image, query], wanted)
-        terms["fgl"] = (fine_grained_loss(corners[:, image, query], distances) * iou[..., None]).sum((1, 2)) / total
-        weight = logits[refined - 1].detach().sigmoid().amax(-1).repeat(refined - 1, 1, 1)
-        weight[:, image, query] = iou[:-1]
-        matched = torch.zeros(logits.shape[1:3], dtype=torch.bool, device=logits.device)
-        matched[image, query] = True
-        terms["ddf"] = distillation_loss(corners[:-1], corners[-1].detach(), weight, matched)
+        if "pred_corners" in outputs:
+            corners = torch.stack([output["pred_corners"] for output in (*outputs["aux_outputs"], outputs)]).unflatten(-1, (4, REG_MAX + 1))
+            iou = iou[:refined].detach()
+            distances = edge_distances(outputs["initial_boxes"][image, query], wanted)
+            terms["fgl"] = (fine_grained_loss(corners[:, image, query], distances) * iou[..., None]).sum((1, 2)) / total
+            weight = logits[refined - 1].detach().sigmoid().amax(-1).repeat(refined - 1, 1, 1)
+            weight[:, image, query] = iou[:-1]
+            matched = torch.zeros(logits.shape[1:3], dtype=torch.bool, device=logits.device)
+            matched[image, query] = True
+            terms["ddf"] = distillation_loss(corners[:-1], corners[-1].detach(), weight, matched)
         return {f"loss_{name}{ending}": self.weights[name] * value for name, values in terms.items() for ending, value in zip(layers, values)}
 
 

@@ -15,8 +15,8 @@ from denoising import make_denoising
 from detr_loss import HungarianMatcher, PostProcess
 from ecdet_loss import RefinementCriterion
 from ecvit import ConvNorm
-from edges import REG_MAX, corners_to_boxes
 from layers import Mlp
+from refinement import REG_MAX, corners_to_boxes, shift_boxes
 
 HEADS, POINTS = 8, (3, 6, 3)  # sampling points on each level
 TOP_BINS = 4  # of an edge's distribution, as evidence of its quality
@@ -259,26 +259,27 @@ class LocationQuality(nn.Module):
 class RefinementLayers(nn.Module):
     """The decoder's layers and the quality estimators, in the place where the released files have them."""
 
-    def __init__(self, dim, ffn_dim, layers):
+    def __init__(self, dim, ffn_dim, layers, distributions):
         super().__init__()
         self.layers = nn.ModuleList(DecoderLayer(dim, ffn_dim) for _ in range(layers))
-        self.lqe_layers = nn.ModuleList(LocationQuality() for _ in range(layers))
+        self.lqe_layers = nn.ModuleList(LocationQuality() for _ in range(layers if distributions else 0))
 
 
 class Decoder(nn.Module):
-    """Selects queries from the memory and refines their boxes, layer by layer, as distributions over each edge's distance."""
+    """Selects queries from the memory and refines their boxes, layer by layer: as distributions over each edge's distance, or,
+    without `distributions`, by shifts in the box's own size. copies: see make_denoising."""
 
-    def __init__(self, dim, ffn_dim, num_classes, num_queries=300, layers=4, copies=100):
+    def __init__(self, dim, ffn_dim, num_classes, num_queries=300, layers=4, copies=100, distributions=True):
         super().__init__()
-        self.num_queries, self.copies = num_queries, copies
-        self.decoder = RefinementLayers(dim, ffn_dim, layers)
+        self.num_queries, self.copies, self.distributions = num_queries, copies, distributions
+        self.decoder = RefinementLayers(dim, ffn_dim, layers, distributions)
         self.denoising_class_embed = nn.Embedding(num_classes + 1, dim, padding_idx=num_classes)
         self.enc_score_head = nn.Linear(dim, num_classes)
         self.enc_bbox_head = Mlp(dim, dim, 4, 3, F.silu)
         self.query_pos_head = Mlp(4, dim, dim, 3, F.silu)
         self.pre_bbox_head = Mlp(dim, dim, 4, 3, F.silu)
         self.dec_score_head = nn.ModuleList(nn.Linear(dim, num_classes) for _ in range(layers))
-        self.dec_bbox_head = nn.ModuleList(Mlp(dim, dim, 4 * (REG_MAX + 1), 3, F.silu) for _ in range(layers))
+        self.dec_bbox_head = nn.ModuleList(Mlp(dim, dim, 4 * (REG_MAX + 1) if distributions else 4, 3, F.silu) for _ in range(layers))
         for head in [self.enc_score_head, *self.dec_score_head]:
             nn.init.constant_(head.bias, -math.log(99))  # every score starts at 0.01
         for head in [self.enc_bbox_head, self.pre_bbox_head, *self.dec_bbox_head]:  # every box starts as it was
@@ -290,15 +291,15 @@ class Decoder(nn.Module):
         self.denoising_class_embed = None
         last = len(self.dec_score_head) - 1
         for heads in (self.dec_score_head, self.decoder.lqe_layers):
-            for i in range(last):
+            for i in range(min(last, len(heads))):
                 heads[i] = nn.Identity()
 
     def forward(self, levels, share=None, targets=None):
         """levels: maps (B, C, h, w) at strides 8, 16, 32; share (B, 2), the part of their width and height that is no padding.
 
         -> outputs of the last layer, boxes relative to that part; in training also `aux_outputs`, `pre` and `enc`, what the
-        losses of the distributions need (`pred_corners` (B, Q, 4 * 33) and the boxes `initial_boxes` (B, Q, 4) that they are
-        relative to), and, with targets, `denoising`: the same outputs of the noisy copies, and their `matches`.
+        losses of distributions need (`pred_corners` (B, Q, 4 * 33) and the boxes `initial_boxes` (B, Q, 4) that they are relative
+        to), and, with targets, `denoising`: the same outputs of the noisy copies, and their `matches`.
         """
         memory = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1)
         share = memory.new_ones(len(memory), 2, dtype=torch.float32) if share is None else share
@@ -332,10 +333,12 @@ class Decoder(nn.Module):
                 pre = {"pred_logits": scores, "pred_boxes": boxes / share}
                 initial = boxes.detach()
             corners = self.dec_bbox_head[i](x + before).float() + corners
-            boxes = corners_to_boxes(initial, corners)
+            boxes = (corners_to_boxes if self.distributions else shift_boxes)(initial, corners)
             if scores is not None:
-                logits = self.decoder.lqe_layers[i](scores, corners)
-                outputs.append({"pred_logits": logits, "pred_boxes": boxes / share, "pred_corners": corners, "initial_boxes": initial / share})
+                outputs.append({"pred_logits": scores, "pred_boxes": boxes / share})
+                if self.distributions:
+                    outputs[-1] |= {"pred_corners": corners, "initial_boxes": initial / share}
+                    outputs[-1]["pred_logits"] = self.decoder.lqe_layers[i](scores, corners)
             boxes, before = boxes.detach(), x.detach()
         if not self.training:
             return {**outputs[-1], "aux_outputs": []}
@@ -401,13 +404,13 @@ class ECDet(nn.Module):
     """
 
     def __init__(self, backbone, dim, num_classes, encoder_ffn, csp_depth, csp_expansion, decoder_ffn, layers=4, copies=100,
-                 num_queries=300):  # fmt: skip
+                 distributions=True, num_queries=300):  # fmt: skip
         super().__init__()
         self.backbone = backbone
         fits = tuple(backbone.strides) == (8, 16, 32) and set(backbone.channels) == {dim}
         self.pyramid = None if fits else Pyramid(backbone.channels, backbone.strides, dim)
         self.encoder = HybridEncoder(dim, encoder_ffn, csp_expansion, csp_depth)
-        self.decoder = Decoder(dim, decoder_ffn, num_classes, num_queries, layers, copies)
+        self.decoder = Decoder(dim, decoder_ffn, num_classes, num_queries, layers, copies, distributions)
 
     def forward(self, images, mask, targets=None):
         features = self.backbone(images)
@@ -418,10 +421,10 @@ class ECDet(nn.Module):
         return self.decoder(self.encoder(features), share, targets)
 
 
-# the backbone of the released files, width, encoder FFN, CSP depth and expansion, decoder FFN and layers; nano is ours, and learns
-# as much from fewer noisy copies in less time
+# the backbone of the released files, width, encoder FFN, CSP depth and expansion, decoder FFN and layers; nano is ours: it learns
+# more in its minutes from fewer noisy copies and without distributions, see docs/choices.md
 SIZES = {
-    "nano": dict(backbone="ecvit-nano", dim=128, encoder_ffn=512, csp_depth=1, csp_expansion=0.5, decoder_ffn=512, layers=2, copies=40),
+    "nano": dict(backbone="ecvit-nano", dim=128, encoder_ffn=512, csp_depth=1, csp_expansion=0.5, decoder_ffn=512, layers=2, copies=40, distributions=False),
     "s": dict(backbone="ecvitt", dim=192, encoder_ffn=512, csp_depth=2, csp_expansion=0.34, decoder_ffn=512, layers=4),
     "m": dict(backbone="ecvittplus", dim=256, encoder_ffn=512, csp_depth=2, csp_expansion=0.75, decoder_ffn=1024, layers=4),
     "l": dict(backbone="ecvits", dim=256, encoder_ffn=1024, csp_depth=3, csp_expansion=0.75, decoder_ffn=1024, layers=4),

@@ -11,7 +11,7 @@ from detr_loss import HungarianMatcher, to_xyxy
 from detr_model import build_model
 from ecdet_loss import RefinementCriterion, union_of_matches
 from ecdet_model import SIZES, ECDet, position_embedding
-from edges import bin_distances, corners_to_boxes
+from refinement import bin_distances, corners_to_boxes
 
 GOLDEN = np.load(ROOT / "tests" / "parity" / "golden_ecdet.npz")
 CONSTANTS = {"decoder.up", "decoder.reg_scale", "decoder.decoder.up", "decoder.decoder.reg_scale"}
@@ -189,6 +189,15 @@ def test_each_term_is_the_sum_over_pictures():
         both, alone = criterion(outputs, TARGETS), [criterion(take(outputs, i), TARGETS[i : i + 1]) for i in range(2)]
     for name in ("loss_class", "loss_class_enc", "loss_class_aux_0"):
         assert float(both[name]) * 4 == pytest.approx(3 * float(alone[0][name]) + float(alone[1][name]), rel=1e-4)
+
+
+def test_nano_shifts_its_boxes_and_has_no_distributions():
+    model = build("nano", num_classes=70, num_queries=30)
+    outputs = model.decoder.train()([torch.randn(2, 128, n, n) for n in (16, 8, 4)], targets=TARGETS)
+    losses = RefinementCriterion(HungarianMatcher(2, 5, 2))(outputs, TARGETS)
+    assert {name.split("_")[1] for name in losses} == {"class", "bbox", "giou"} and len(losses) == 3 * (4 + 3)
+    sum(losses.values()).backward()
+    assert [n for n, p in model.decoder.named_parameters() if p.grad is None] == []
 
 
 def test_in_bfloat16_positions_keep_their_digits():

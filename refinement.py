@@ -1,10 +1,22 @@
-"""A box's edges as distributions over how far they lie from an initial box's (D-FINE, arXiv 2410.13842)."""
+"""How decoders refine boxes: shifts in a box's own size, or distributions over how far each edge lies from an initial box's
+(D-FINE, arXiv 2410.13842)."""
 
 import torch
 
 from detr_loss import to_xyxy
 
 REG_MAX, REG_SCALE, UP = 32, 4.0, 0.5  # bins of an edge's distribution, its scale, its widest reach
+
+
+def shift_boxes(boxes, deltas):
+    """boxes, deltas (..., 4) cxcywh -> boxes moved by deltas measured in their own size (as in R-CNN, arXiv 1311.2524).
+
+    The same deltas mean the same pixels' pattern wherever the object is and however large the picture; a shift of
+    logits, as in Deformable DETR, does not. Clamped to [0, 1], sizes to 1e-4 at least.
+    """
+    centres = boxes[..., :2] + deltas[..., :2] * boxes[..., 2:]
+    sizes = boxes[..., 2:] * deltas[..., 2:].clamp(-4, 4).exp()
+    return torch.cat([centres.clamp(0, 1), sizes.clamp(1e-4, 1)], dim=-1)
 
 
 def bin_distances(device=None):

@@ -79,7 +79,7 @@ def parse_arguments(description):
     data.add_argument("--image-size", type=int, metavar="S", help="shortest side in evaluation; training draws S*0.6 .. S after its first passes, and longest sides are S*1.67 at most (default: chosen from the objects' sizes)")
     data.add_argument("--augment", choices=["zoom", "meta", "strong"], help="windows of the picture's own proportions, DETR's crops, or colours, zoom-out and crops as ECDet's (default zoom)")
     data.add_argument("--mosaic", type=float, metavar="X", help="share of the run, from its start, with mosaics and mix-up (default 0; ecdet: 0.5)")
-    data.add_argument("--square", action="store_true", help="resize to a square instead of keeping a picture's proportions (default with recipe ecdet)")
+    data.add_argument("--square", action=argparse.BooleanOptionalAction, help="resize to a square instead of keeping a picture's proportions (default with recipe ecdet)")
     data.add_argument("--color-jitter", type=float, metavar="X", help="brightness, contrast and saturation changed by up to this share (default 0)")
     data.add_argument("--rotate", type=float, metavar="DEG", help="rotation by up to this many degrees (default 0)")
     data.add_argument("--workers", type=int, metavar="N", help="processes that prepare pictures")

@@ -14,6 +14,8 @@ PALETTE = [
     "#e6beff", "#9a6324", "#fffac8", "#800000", "#aaffc3", "#808000", "#ffd8b1", "#000075", "#ffe119", "#808080",
 ]  # fmt: skip
 
+LINES = ["-", "--", ":", "-.", (0, (1, 4))]  # of curves
+
 
 def draw_boxes(image, boxes, labels, names, scores=None, smallest_side=480):
     """A copy of a PIL image with boxes (T, 4) xyxy pixels, named; small pictures are enlarged so that names can be read."""
@@ -99,10 +101,13 @@ def draw_curves(log_path, out):
     epochs = [row["epoch"] for row in rows]
     final = sorted(key for key in rows[-1]["losses"] if "aux" not in key)
     left.plot(epochs, [sum(row["losses"].values()) for row in rows], "k", label="total")
-    for key in final:
-        left.plot(epochs, [row["losses"].get(key) for row in rows], label=key.removeprefix("loss_"))
+    terms = [key.removeprefix("loss_").split("_", 1) for key in final]  # a colour for what is measured, a line for where
+    kinds, places = (list(dict.fromkeys(parts)) for parts in ([t[0] for t in terms], [t[1] if t[1:] else "" for t in terms]))
+    for key, (kind, *place) in zip(final, terms):
+        style = LINES[places.index("".join(place)) % len(LINES)]
+        left.plot(epochs, [row["losses"].get(key) for row in rows], color=f"C{kinds.index(kind)}", linestyle=style, label="_".join([kind, *place]))
     left.set(xlabel="epoch", ylabel="loss", yscale="log", title="training losses")
-    left.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=4)  # below: lines are everywhere inside
+    figure.legend(*left.get_legend_handles_labels(), fontsize=8, loc="outside lower left", ncols=8)  # lines are everywhere inside
     measured = [row for row in rows if "AP" in row]
     for key in ("AP", "AP50", "AP75"):
         right.plot([row["epoch"] for row in measured], [row[key] for row in measured], ".-", label=key)

@@ -15,6 +15,7 @@ from backbones import ECVIT_RELEASE, complain, first_line
 from detr_model import build_model
 from ecdet_model import SIZES
 from errors import UserError
+from refinement import REG_SCALE, UP
 
 FILES = tuple(f"ecdet_{size}.pth" for size in ("s", "m", "l", "x"))
 SCORES = "decoder.enc_score_head.weight"
@@ -68,7 +69,9 @@ def released_checkpoint(state, source):
     }  # fmt: skip
     own = build_model(config)[0].state_dict()
     constants = {key for key in own | state if CONSTANTS.fullmatch(key)}
-    differing = [key for key in constants & own.keys() & state.keys() if not torch.allclose(own[key].float(), state[key].float(), rtol=1e-3)]
+    expected = own | {key: torch.tensor([{"up": UP, "reg_scale": REG_SCALE}[key.rsplit(".")[-1]]]) for key in constants if key.endswith(("up", "reg_scale"))}
+    same = lambda key: expected[key].shape == state[key].shape and torch.allclose(expected[key].float(), state[key].float(), rtol=1e-3)
+    differing = [key for key in constants & expected.keys() & state.keys() if not same(key)]
     if differing:
         print(f"{source}: {len(differing)} constants are not what the architecture says ({', '.join(sorted(differing)[:3])} ...); the architecture's are used")
     weights = {key: value for key, value in state.items() if key not in constants}

@@ -184,10 +184,10 @@ def settle(given, train, initial=None):
         lr, backbone_lr = (round(scale * value, 8) for value in ECDET_LR[s["size"]])
     else:
         lr = round((8e-4 if scratch else 4e-4) * math.sqrt(batch() / 16), 6)
-        backbone_lr = s["lr"] or lr if scratch else (s["lr"] or lr) / 10
+        backbone_lr = (s["lr"] or lr) / 10
     if scratch:  # random weights are neither worth keeping nor in danger
         s["freeze_backbone"] = given.get("freeze_backbone", 0)
-        s["lr"], s["backbone_lr"] = given.get("lr"), given.get("backbone_lr")
+        s["backbone_lr"] = given.get("backbone_lr")
         backbone_lr = s["lr"] or lr
     choose("lr", lr)
     choose("backbone_lr", backbone_lr)

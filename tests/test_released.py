@@ -101,7 +101,7 @@ def test_constants_of_the_architecture_are_not_taken_from_the_file(state, tmp_pa
     torch.save({"model": state | {"decoder.up": torch.zeros(1), "decoder.decoder.layers.0.cross_attn.num_points_scale": torch.zeros(12)}}, tmp_path / "a.pth")
     content = read_checkpoint(tmp_path / "a.pth")
     assert content["model"]["decoder.decoder.layers.0.cross_attn.num_points_scale"].min() > 0.1
-    assert "1 constants are not what the architecture says" in capsys.readouterr().out
+    assert "2 constants are not what the architecture says" in capsys.readouterr().out
 
 
 def test_folding_changes_nothing_but_the_size(released):

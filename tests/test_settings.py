@@ -37,6 +37,13 @@ def test_from_random_weights_an_ecdet_takes_the_default_recipe():
     assert settle({"data": "mine", "detector": "ecdet", "backbone": "dinov3-vits16", "image_size": 128}, pictures(800))["size"] == "m"
 
 
+def test_the_published_detr_keeps_its_learning_rate_from_random_weights():
+    s = settle({"data": "mine", "recipe": "meta", "backbone_weights": "none"}, pictures(800))
+    assert (s["lr"], s["backbone_lr"], s["optimizer"], s["plain_passes"]) == (1e-4, 1e-4, "adamw", 0)
+    s = settle({"data": "mine", "backbone_weights": "none", "lr": 3e-4, "image_size": 128}, pictures(800))
+    assert (s["lr"], s["backbone_lr"]) == (3e-4, 3e-4)
+
+
 def test_the_average_ramps_up_to_its_horizon():
     weights = []
     for step in (0, 1000, 100_000):

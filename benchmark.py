@@ -3,6 +3,7 @@
     python benchmark.py --detector ecdet --size s                  inference at 640x640; the step: 16 pictures of 256x256, 5 boxes each
     python benchmark.py --detector detr --backbone dinov3-vits16
     python benchmark.py --detector ecdet --size s --compile        inference with torch.compile, its warm-up not counted
+    python benchmark.py --relative                                 the same step of ECDet-S's nearest relative in transformers, DEIMv2
 """
 
 import argparse
@@ -11,6 +12,7 @@ import statistics
 import time
 
 import torch
+import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from detr_model import DETECTORS, build_model
@@ -36,6 +38,26 @@ def build(arguments, device):
     )  # fmt: skip
     model, criterion, _ = build_model(config)
     return model.to(device, memory_format=torch.channels_last), criterion
+
+
+class Relative(torch.nn.Module):
+    """transformers' DEIMv2 with ECDet-S's widths, depths and points: the same kind of backbone, encoder, decoder and losses."""
+
+    def __init__(self, dim=192, ffn=512):
+        super().__init__()
+        vit = transformers.DINOv3ViTConfig(
+            hidden_size=dim, num_hidden_layers=12, num_attention_heads=3, intermediate_size=4 * dim, num_register_tokens=0, out_indices=[3, 7, 11],
+        )  # fmt: skip
+        config = transformers.Deimv2Config(
+            backbone_config=vit, d_model=dim, encoder_hidden_dim=dim, encoder_in_channels=[dim] * 3, decoder_in_channels=[dim] * 3,
+            encoder_ffn_dim=ffn, decoder_ffn_dim=ffn, decoder_layers=4, decoder_n_points=[3, 6, 3], hidden_expansion=0.34, depth_mult=0.67,
+            encoder_activation_function="silu", freeze_backbone_batch_norms=False, num_labels=CLASSES,
+        )  # fmt: skip
+        self.model = transformers.Deimv2ForObjectDetection(config)
+
+    def forward(self, images, mask, targets):
+        labels = [{"class_labels": t["labels"], "boxes": t["boxes"]} for t in targets]
+        return self.model(pixel_values=images, pixel_mask=(~mask).long(), labels=labels).loss
 
 
 def picture_batch(count, side, device):
@@ -65,13 +87,17 @@ def main():
     parser.add_argument("--batch-size", type=int, default=16, metavar="B", help="of the training step (default 16)")
     parser.add_argument("--repeats", type=int, default=10, metavar="N", help="calls that are timed (default 10)")
     parser.add_argument("--compile", action="store_true", help="inference with torch.compile")
+    parser.add_argument("--relative", action="store_true", help="only the training step of transformers' DEIMv2 in ECDet-S's sizes")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     precisions = [torch.float32] + [torch.bfloat16] * fast_bfloat16()
     show = lambda what, seconds: print(f"{what:56s} median {1000 * statistics.median(seconds):8.1f} ms, fastest {1000 * min(seconds):8.1f}")
 
-    model, criterion = build(arguments, device)
+    if arguments.relative:
+        model, criterion = Relative().to(device), lambda loss, targets: {"loss": loss}
+    else:
+        model, criterion = build(arguments, device)
     model.train()
     images, mask = picture_batch(arguments.batch_size, arguments.train_size, device)
     targets = random_targets(arguments.batch_size, 5, device)
@@ -86,6 +112,8 @@ def main():
         show(f"training step, {len(images)} x {arguments.train_size}x{arguments.train_size}, {str(precision)[6:]}", timed(step, device, arguments.repeats))
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(f"peak memory of the whole process so far: {peak / 2**30:.2f} GiB")
+    if arguments.relative:
+        return
 
     model = fold(model.eval())
     images, mask = picture_batch(1, arguments.image_size, device)

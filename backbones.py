@@ -1,23 +1,24 @@
-"""Every backbone by name: pictures in, feature maps out.
+"""Every backbone by name, and the pyramids over it: pictures in, feature maps out.
 
 A backbone maps images (B, 3, H, W), normalised by ImageNet's statistics, to a list of maps (B, C_l, H/s_l, W/s_l),
 finest first, and says so in `name`, `channels`, `strides` and `size_divisor`; other sizes are padded at the right and
-bottom. `forward_features` gives the tokens. Adding a backbone of a known family is one row of BACKBONES.
+bottom. `forward_features` gives the tokens. Adding a backbone of a known family is one row of BACKBONES. A detector that
+wants other strides puts a pyramid over it, see `build_pyramid`.
 """
 
 import difflib
+import math
 import re
-import urllib.error
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import nn
 
 import ecvit
 from errors import UserError
+from transforms import MEAN, STD
+from weights import download, load_strictly, load_transformers, read_state_dict, with_patch_size
 
 
 @dataclass(frozen=True)
@@ -34,15 +35,18 @@ class Spec:
     gated: bool  # SwiGLU instead of an MLP
     source: str  # repository of the hub, or address of the released file; "" where there are no weights
     strides: tuple[int, ...] = ()
+    grid: int = 0  # learned positions along a side, where there are any
 
 
 ECVIT_RELEASE = "https://github.com/capsule2077/edgecrafter/releases/download/edgecrafterv1/"
+MUM_RELEASE = "https://github.com/davnords/mum/releases/download/weights/MuM_ViTLarge.pth"
+VGGT_FILE = "https://huggingface.co/facebook/VGGT-1B/resolve/main/model.pt"
 CONVNEXT_STRIDES = (4, 8, 16, 32)
 
 
 def _dinov2(width, depth, heads, hub, registers=0, gated=False):
     ffn = (int(4 * width * 2 / 3) + 7) // 8 * 8 if gated else 4 * width
-    return Spec("dinov2", width, depth, heads, ffn, 14, registers, gated, f"facebook/dinov2-{hub}", (14,))
+    return Spec("dinov2", width, depth, heads, ffn, 14, registers, gated, f"facebook/dinov2-{hub}", (14,), 37)
 
 
 def _dinov3(width, depth, heads, ffn, hub, gated=False):
@@ -57,6 +61,10 @@ def _convnext(widths, depths, hub):
 def _ecvit(name, source):
     c = ecvit.CONFIGS[name]
     return Spec("ecvit", c["dim"], c["depth"], c["heads"], c["mlp_ratio"] * c["dim"], 16, 1, False, source, (8, 16, 32))
+
+
+def _plain(family, width, depth, heads, patch, source):
+    return Spec(family, width, depth, heads, 4 * width, patch, 0, False, source, (patch,), 224 // patch)
 
 
 BACKBONES = {
@@ -78,6 +86,14 @@ BACKBONES = {
     "dinov3-convnext-small": _convnext((96, 192, 384, 768), (3, 3, 27, 3), "small"),
     "dinov3-convnext-base": _convnext((128, 256, 512, 1024), (3, 3, 27, 3), "base"),
     "dinov3-convnext-large": _convnext((192, 384, 768, 1536), (3, 3, 27, 3), "large"),
+    "clip-vitb16": _plain("clip", 768, 12, 12, 16, "openai/clip-vit-base-patch16"),
+    "clip-vitb32": _plain("clip", 768, 12, 12, 32, "openai/clip-vit-base-patch32"),
+    "clip-vitl14": _plain("clip", 1024, 24, 16, 14, "openai/clip-vit-large-patch14"),
+    "mae-vitb16": _plain("mae", 768, 12, 12, 16, "facebook/vit-mae-base"),
+    "mae-vitl16": _plain("mae", 1024, 24, 16, 16, "facebook/vit-mae-large"),
+    "mae-vith14": _plain("mae", 1280, 32, 16, 14, "facebook/vit-mae-huge"),
+    "mum-vitl16": replace(_plain("mum", 1024, 24, 16, 16, MUM_RELEASE), grid=0),
+    "vggt-vitl14": replace(_dinov2(1024, 24, 16, "", registers=4), source=VGGT_FILE),
     "ecvit-nano": _ecvit("ecvit-nano", ""),
     "ecvitt": _ecvit("ecvitt", ECVIT_RELEASE + "ecvitt.pth"),
     "ecvittplus": _ecvit("ecvittplus", ECVIT_RELEASE + "ecvittplus.pth"),
@@ -94,22 +110,47 @@ def find_spec(name):
     return BACKBONES[name]
 
 
-def build_backbone(name, weights=None, checkpointing=False):
+def build_backbone(name, weights=None, checkpointing=False, layers=None, patch_size=None, patch_resize="pinv"):
     """A backbone by name.
 
     weights: "pretrained" (hub or release, kept in the usual caches), None (random), or a path: a Hugging Face folder, one
-    of Meta's original .pth files, or ECViT's .pth. Every weight of the model has to be in the file and the other way
-    round. checkpointing: activations are recomputed in the backward pass, to save memory. Raises UserError.
+    of the authors' original files (Meta's, MAE's, MuM's, VGGT's, ECViT's). Every weight of the model has to be in the file and
+    the other way round. checkpointing: activations are recomputed in the backward pass, to save memory. layers: blocks of a plain
+    ViT, counted from 0, each of which gives a map of its own (default: the last alone). patch_size: resamples a plain ViT's patch
+    embedding to patches of that many pixels, see weights.resize_patch_filters for patch_resize. Raises UserError.
     """
     spec = find_spec(name)
     if weights in ("none", ""):
         weights = None
     if weights == "pretrained" and not spec.source:
         raise UserError(f"{name} has no released weights; use --backbone-weights none and train it from scratch")
-    backbone = (ECViTBackbone if spec.family == "ecvit" else HuggingFaceBackbone)(name, spec, weights)
+    plain = spec.family not in ("ecvit", "convnext")
+    for option, value in (("--layers", layers), ("--patch-size", patch_size)):
+        if value and not plain:
+            raise UserError(f"{option}: for plain vision transformers; {name} has maps at strides {', '.join(map(str, spec.strides))} of its own")
+    if plain:
+        backbone = PlainViT(name, spec, weights, layers, patch_size or spec.patch, patch_resize)
+    else:
+        backbone = (ECViTBackbone if spec.family == "ecvit" else ConvNeXt)(name, spec, weights)
     if checkpointing:
         backbone.checkpoint_activations()
     return backbone
+
+
+def backbone_of(config):
+    """The backbone that a run's settings describe."""
+    return build_backbone(
+        config["backbone"], config["backbone_weights"], layers=parse_layers(config.get("layers")), patch_size=config.get("patch_size"),
+        patch_resize=config.get("patch_resize", "pinv"),
+    )  # fmt: skip
+
+
+def parse_layers(text):
+    """"2,5,8,11" -> (2, 5, 8, 11); None stays None."""
+    try:
+        return text and tuple(int(part) for part in str(text).split(","))
+    except ValueError:
+        raise UserError(f"--layers takes blocks counted from 0, as 2,5,8,11, not {text}") from None
 
 
 def pad_to_multiple(images, divisor):
@@ -122,7 +163,7 @@ def parameter_depths(backbone):
     """{parameter name: depth}, 0 for the embedding, rising by one a block (ConvNeXt: a stage), for layer-wise learning rates."""
     depths = {}
     for name, _ in backbone.named_parameters():
-        block = re.search(r"(?:blocks|layer|stages)\.(\d+)\.", name)
+        block = re.search(r"(?:blocks|layers?|stages)\.(\d+)\.", name)
         at_entry = re.search(r"embed|register_token", name)
         depths[name] = int(block[1]) + 1 if block else 0 if at_entry else None
     last = max((d for d in depths.values() if d is not None), default=0) + 1
@@ -137,10 +178,7 @@ class ECViTBackbone(ecvit.ECViT):
         self.name, self.size_divisor, self.pretrained = name, 32, weights is not None
         if weights is None:
             return
-        if weights == "pretrained":
-            state = fetch(lambda: torch.hub.load_state_dict_from_url(spec.source, map_location="cpu", weights_only=True), spec.source)
-        else:
-            state = read_state_dict(weights)
+        state = read_state_dict(download(spec.source) if weights == "pretrained" else weights)
         if any(key.startswith("backbone.") for key in state):
             load_strictly(self, state, weights)
         else:
@@ -157,50 +195,15 @@ class ECViTBackbone(ecvit.ECViT):
     def forward(self, images):
         return super().forward(pad_to_multiple(images, self.size_divisor))
 
-    def forward_features(self, images):
-        return super().forward_features(pad_to_multiple(images, self.size_divisor))
+    def forward_features(self, images, layers=()):
+        return super().forward_features(pad_to_multiple(images, self.size_divisor), layers)
 
     def checkpoint_activations(self):
         self.backbone.gradient_checkpointing = True
 
 
 class HuggingFaceBackbone(nn.Module):
-    """DINOv2 and DINOv3, plain ViT or ConvNeXt, through transformers.
-
-    A ViT gives one map, its normed patch tokens; a ConvNeXt gives its four stages, not normed.
-    """
-
-    def __init__(self, name, spec, weights):
-        super().__init__()
-        self.name, self.spec = name, spec
-        is_vit = spec.family != "convnext"
-        self.strides, self.channels = spec.strides, (spec.width,) if is_vit else spec.width
-        self.size_divisor = max(self.strides)
-        self.prefix = 1 + spec.registers  # tokens before the patches
-        self.model = load_transformers(name, spec, weights)
-
-    def forward(self, images):
-        images = pad_to_multiple(images, self.size_divisor)
-        if self.spec.family == "convnext":
-            stages = self.model(images, output_hidden_states=True).hidden_states
-            return list(stages[-len(self.strides) :])
-        return [self.to_map(self.model(images).last_hidden_state, images)]
-
-    def forward_features(self, images):
-        """-> x_norm (B, 1 + registers + N, C), x_norm_clstoken (B, C), x_norm_patchtokens (B, N, C)."""
-        tokens = self.model(pad_to_multiple(images, self.size_divisor)).last_hidden_state
-        return {"x_norm": tokens, "x_norm_clstoken": tokens[:, 0], "x_norm_patchtokens": tokens[:, self.prefix :]}
-
-    def intermediate_maps(self, images, blocks):
-        """Normed maps (B, C, H/s, W/s) of a ViT after the given blocks, counted from 0."""
-        images = pad_to_multiple(images, self.size_divisor)
-        hidden = self.model(images, output_hidden_states=True).hidden_states[-self.spec.depth :]
-        norm = self.model.norm if self.spec.family == "dinov3" else self.model.layernorm
-        return [self.to_map(norm(hidden[block]), images) for block in blocks]
-
-    def to_map(self, tokens, images):
-        grid = tuple(n // self.spec.patch for n in images.shape[-2:])
-        return tokens[:, self.prefix :].transpose(1, 2).unflatten(2, grid)
+    """What the models of transformers have in common here."""
 
     def checkpoint_activations(self):
         if not self.model.supports_gradient_checkpointing:
@@ -208,210 +211,169 @@ class HuggingFaceBackbone(nn.Module):
         self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def transformers_config(spec):
-    """The architecture of a row as transformers' configuration."""
-    if spec.family == "convnext":
-        return transformers.DINOv3ConvNextConfig(hidden_sizes=list(spec.width), depths=list(spec.depth))
-    common = dict(
-        hidden_size=spec.width, num_hidden_layers=spec.depth, num_attention_heads=spec.heads, patch_size=spec.patch
-    )
-    if spec.family == "dinov3":
-        return transformers.DINOv3ViTConfig(
-            **common, intermediate_size=spec.ffn, num_register_tokens=spec.registers, use_gated_mlp=spec.gated,
-            hidden_act="silu" if spec.gated else "gelu",
-            query_bias=spec.width != 4096, value_bias=spec.width != 4096,  # the 7B model alone has neither
-            pos_embed_rescale=None,  # a detector needs the true positions in training too
-        )  # fmt: skip
-    if spec.registers:
-        config = transformers.Dinov2WithRegistersConfig(num_register_tokens=spec.registers, **common)
-    else:
-        config = transformers.Dinov2Config(**common)
-    config.image_size, config.use_swiglu_ffn = 518, spec.gated
-    return config
+class ConvNeXt(HuggingFaceBackbone):
+    """DINOv3's ConvNeXt: its four stages, not normed."""
+
+    def __init__(self, name, spec, weights):
+        super().__init__()
+        self.name, self.strides, self.channels, self.size_divisor = name, spec.strides, spec.width, max(spec.strides)
+        self.model = load_transformers(name, spec, weights)
+
+    def forward(self, images):
+        stages = self.model(pad_to_multiple(images, self.size_divisor), output_hidden_states=True).hidden_states
+        return list(stages[-len(self.strides) :])
+
+    def forward_features(self, images, layers=()):
+        """-> x_norm (B, 1 + N, C), x_norm_clstoken (B, C), the mean of the others, and x_norm_patchtokens (B, N, C)."""
+        if layers:
+            raise UserError(f"{self.name}: layers are for vision transformers")
+        tokens = self.model(pad_to_multiple(images, self.size_divisor)).last_hidden_state
+        return {"x_norm": tokens, "x_norm_clstoken": tokens[:, 0], "x_norm_patchtokens": tokens[:, 1:]}
 
 
-def load_transformers(name, spec, weights):
-    """The transformers model of a row, with random weights or with all of a hub's, folder's or file's."""
-    config = transformers_config(spec)
-    if weights is None:
-        return transformers.AutoModel.from_config(config)
-    transformers.utils.logging.set_verbosity_error()  # it prints a table of the keys that the check below reports
-    is_file = Path(weights).is_file()
-    if not is_file and weights != "pretrained" and not Path(weights).is_dir():
-        raise UserError(f"{weights}: no such folder or file; --backbone-weights takes pretrained, none, a Hugging Face folder or a .pth")
-    source = spec.source if weights == "pretrained" else str(weights)
-    strict = dict(dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)  # the report below names them all
-    if is_file:
-        state = META_CONVERSIONS[spec.family](read_state_dict(weights), source)
-        load = lambda: type(transformers.AutoModel.from_config(config)).from_pretrained(
-            None, config=config, state_dict=state, **strict
-        )
-    else:
-        check_architecture(source, config, name, weights)
-        load = lambda: transformers.AutoModel.from_pretrained(source, config=config, **strict)
-    try:
-        model, report = fetch(load, source)
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise UserError(f"{source}: not the weights of {name} ({first_line(error)})") from None
-    complain(source, name, report["missing_keys"], report["unexpected_keys"], report["mismatched_keys"])
-    return model
+class PlainViT(HuggingFaceBackbone):
+    """DINOv2, DINOv3, CLIP, MAE, MuM and VGGT's patch encoder: one map, the normed patch tokens of the last block, or one of each of
+    the blocks `layers`."""
 
-
-def check_architecture(source, config, name, weights):
-    """Compares the folder's or repository's config.json with the table before anything large is read."""
-    theirs = fetch(lambda: transformers.AutoConfig.from_pretrained(source), source)
-    fields = ["model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size", "num_register_tokens",
-              "hidden_sizes", "depths", "use_gated_mlp", "use_swiglu_ffn"]  # fmt: skip
-    for field in fields:
-        if getattr(theirs, field, None) != getattr(config, field, None):
-            found, wanted = getattr(theirs, field, None), getattr(config, field, None)
-            raise UserError(f"{source}: its {field} is {found}, that of {name} is {wanted}; name the backbone that the weights belong to")
-
-
-def fetch(load, source):
-    """Calls load(); what can go wrong on the way to a file becomes one clear line."""
-    try:
-        return load()
-    except urllib.error.URLError as error:
-        raise UserError(f"{source}: can't be downloaded ({error.reason}); download it elsewhere and give its path as --backbone-weights") from None
-    except OSError as error:
-        text = str(error)
-        if "gated" in text.lower() or "401" in text or "403" in text:
-            raise UserError(
-                f"{source} is gated: accept its licence on https://huggingface.co/{source}, then run `hf auth login`; "
-                "or give a downloaded folder or Meta's .pth file as --backbone-weights"
-            ) from None
-        if Path(source).exists():
-            raise UserError(f"{source}: can't be read as a Hugging Face folder ({first_line(error)})") from None
-        raise UserError(
-            f"{source}: can't be reached ({first_line(error)}); check the network, or give a downloaded folder or file as "
-            "--backbone-weights, or --backbone-weights none to train from scratch"
-        ) from None
-
-
-def first_line(error):
-    return str(error).strip().split("\n")[0][:300] or type(error).__name__
-
-
-def read_state_dict(path):
-    """A .pth or .safetensors file -> {key: tensor}; only tensors are unpickled."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds on files that are not its own
-        raise UserError(f"{path}: can't be read as weights ({first_line(error)})") from None
-    for wrapper in ("model", "state_dict", "teacher"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise UserError(f"{path}: holds no state dict")
-    return state
-
-
-def complain(source, name, missing, surplus, mismatched=()):
-    """UserError naming what does not fit, if anything."""
-    parts = []
-    for what, keys in (("missing", missing), ("surplus", surplus), ("of another shape", mismatched)):
-        keys = sorted(str(k[0] if isinstance(k, (tuple, list)) else k) for k in keys)
-        if keys:
-            parts.append(f"{len(keys)} {what}: {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''}")
-    if parts:
-        raise UserError(f"{source}: not the weights of {name}; {'; '.join(parts)}")
-
-
-def load_strictly(module, state, source):
-    own = module.state_dict()
-    mismatched = [k for k in state if k in own and state[k].shape != own[k].shape]
-    complain(source, getattr(module, "name", type(module).__name__), own.keys() - state.keys(), state.keys() - own.keys(), mismatched)
-    module.load_state_dict(state)
-
-
-# Meta's original files -> the names of the files on the hub, which transformers itself maps to its modules.
-
-
-def rename(state, rules):
-    """Applies regular-expression rules to every key, in order."""
-    renamed = {}
-    for key, value in state.items():
-        for pattern, replacement in rules:
-            key = re.sub(pattern, replacement, key)
-        renamed[key] = value
-    return renamed
-
-
-def split_qkv(state, names):
-    """Splits each `...qkv.weight` and `...qkv.bias` into the three projections, in the order q, k, v."""
-    out = {}
-    for key, value in state.items():
-        match = re.fullmatch(r"(.*)\.qkv\.(weight|bias)", key)
-        if match:
-            out |= {f"{match[1]}.{name}.{match[2]}": part.clone() for name, part in zip(names, value.chunk(3))}
+    def __init__(self, name, spec, weights, layers=None, patch_size=None, patch_resize="pinv"):
+        super().__init__()
+        self.name, self.family, self.layers = name, spec.family, tuple(layers or ())
+        if any(not 0 <= block < spec.depth for block in self.layers):
+            raise UserError(f"--layers {','.join(map(str, self.layers))}: the blocks of {name} are 0 to {spec.depth - 1}")
+        self.patch = patch_size or spec.patch
+        resized = replace(spec, patch=self.patch)
+        if self.patch == spec.patch or weights is None:
+            self.model = load_transformers(name, resized, weights)
         else:
-            out[key] = value
-    return out
+            self.model = with_patch_size(load_transformers(name, spec, weights), resized, patch_resize)
+        maps = max(1, len(self.layers))
+        self.strides, self.channels, self.size_divisor = (self.patch,) * maps, (spec.width,) * maps, self.patch
+        self.prefix = 1 + spec.registers  # tokens before the patches
+        if spec.family == "clip":  # it has a mean and deviation of its own: what turns ImageNet's into them
+            mean, std, clip_mean, clip_std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD, CLIP_MEAN, CLIP_STD))
+            self.register_buffer("scale", std / clip_std, persistent=False)
+            self.register_buffer("shift", (mean - clip_mean) / clip_std, persistent=False)
+
+    def tokens(self, images, layers=()):
+        """-> normed tokens (B, prefix + N, C) of the last block, and of each of `layers`."""
+        options = {"output_hidden_states": True} if layers else {}
+        if self.family == "clip":
+            images = images * self.scale + self.shift
+        if self.family in ("clip", "mae"):
+            options["interpolate_pos_encoding"] = True
+        if self.family == "mae":  # nothing is masked, and the patches stay in order
+            count = math.prod(images.shape[-2:]) // self.patch**2
+            options["noise"] = torch.arange(count, dtype=images.dtype, device=images.device).expand(len(images), -1)
+        outputs = self.model(images, **options)
+        norm = self.final_norm()
+        last = norm(outputs.last_hidden_state) if self.family == "clip" else outputs.last_hidden_state
+        return last, [norm(outputs.hidden_states[1 + block]) if 2 + block < len(outputs.hidden_states) else last for block in layers]
+
+    def final_norm(self):
+        if self.family == "clip":  # transformers applies it to the class token alone
+            return getattr(self.model, "vision_model", self.model).post_layernorm
+        return self.model.norm if self.family in ("dinov3", "mum") else self.model.layernorm
+
+    def forward(self, images):
+        images = pad_to_multiple(images, self.size_divisor)
+        last, chosen = self.tokens(images, self.layers)
+        grid = tuple(n // self.patch for n in images.shape[-2:])
+        return [tokens[:, self.prefix :].transpose(1, 2).unflatten(2, grid) for tokens in chosen or [last]]
+
+    def forward_features(self, images, layers=()):
+        """-> x_norm (B, 1 + registers + N, C), x_norm_clstoken (B, C), x_norm_patchtokens (B, N, C), and for each of the blocks
+        `layers`, by name, "block5" and so on: its normed patch tokens (B, N, C)."""
+        last, chosen = self.tokens(pad_to_multiple(images, self.size_divisor), layers)
+        named = {f"block{block}": tokens[:, self.prefix :] for block, tokens in zip(layers, chosen)}
+        return {"x_norm": last, "x_norm_clstoken": last[:, 0], "x_norm_patchtokens": last[:, self.prefix :]} | named
 
 
-def convert_dinov2(state, source):
-    state = rename(state, [
-        (r"^(cls_token|mask_token|register_tokens)$", r"embeddings.\1"),
-        (r"^pos_embed$", "embeddings.position_embeddings"),
-        (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
-        (r"^blocks\.(?:\d+\.)?(\d+)\.(?=[a-z])", r"encoder.layer.\1."),
-        (r"attn\.proj\.", "attention.output.dense."),
-        (r"attn\.qkv", "attention.attention.qkv"),
-        (r"ls([12])\.gamma", r"layer_scale\1.lambda1"),
-        (r"mlp\.w12\.", "mlp.weights_in."),
-        (r"mlp\.w3\.", "mlp.weights_out."),
-        (r"^norm\.", "layernorm."),
-    ])  # fmt: skip
-    return split_qkv(state, ("query", "key", "value"))
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
-def convert_dinov3(state, source):
-    masks = {key: value for key, value in state.items() if key.endswith("qkv.bias_mask")}
-    for key, mask in masks.items():
-        kept = mask.nan_to_num(1).chunk(3)
-        if kept[1].any() or not (kept[0].all() and kept[2].all()):
-            raise UserError(f"{source}: {key} does not mask the key bias alone, as every DINOv3 does")
-    # Constants of the architecture, and the norm of local crops, which only the pretraining used.
-    state = {k: v for k, v in state.items() if k not in masks and k != "rope_embed.periods" and not k.startswith("local_cls_norm.")}
-    state = rename(state, [
-        (r"^(cls_token)$", r"embeddings.\1"),
-        (r"^storage_tokens$", "embeddings.register_tokens"),
-        (r"^patch_embed\.proj\.", "embeddings.patch_embeddings."),
-        (r"^blocks\.", "layer."),
-        (r"attn\.proj\.", "attention.o_proj."),
-        (r"attn\.qkv", "attention.qkv"),
-        (r"ls([12])\.gamma", r"layer_scale\1.lambda1"),
-        (r"mlp\.(?:fc1|w2)\.", "mlp.up_proj."),
-        (r"mlp\.(?:fc2|w3)\.", "mlp.down_proj."),
-        (r"mlp\.w1\.", "mlp.gate_proj."),
-    ])  # fmt: skip
-    if "mask_token" in state:
-        state["embeddings.mask_token"] = state.pop("mask_token").reshape(1, 1, -1)
-    state = split_qkv(state, ("q_proj", "k_proj", "v_proj"))
-    return {k: v for k, v in state.items() if not k.endswith("k_proj.bias")}
+class ChannelNorm(nn.LayerNorm):
+    """Layer normalisation over the channels of a map (B, C, H, W)."""
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-def convert_convnext(state, source):
-    state = dict(state)
-    for part in ("weight", "bias"):  # one module under two names in the original
-        twin = state.pop(f"norms.3.{part}", None)
-        state[f"norm.{part}"] = state.get(f"norm.{part}") if twin is None else twin
-    return rename(state, [
-        (r"^norm\.", "layer_norm."),
-        (r"^stages\.(\d+)\.(\d+)\.", r"stages.\1.layers.\2."),
-        (r"^downsample_layers\.(\d+)\.", r"stages.\1.downsample_layers."),
-        (r"\.dwconv\.", ".depthwise_conv."),
-        (r"(layers\.\d+)\.norm\.", r"\1.layer_norm."),
-        (r"\.pwconv", ".pointwise_conv"),
-    ])  # fmt: skip
+class OwnMaps(nn.Module):
+    """The backbone's maps as they are."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.channels, self.strides = tuple(backbone.channels), tuple(backbone.strides)
+
+    def forward(self, features):
+        return features
 
 
-META_CONVERSIONS = {"dinov2": convert_dinov2, "dinov3": convert_dinov3, "convnext": convert_convnext}
+class Pyramid(nn.Module):
+    """What both pyramids share: which of the backbone's maps each level comes from, and how often it is doubled or halved.
+
+    A level takes the map of the nearest stride; where there are several of that stride, from blocks of different depth, the finest
+    level takes the earliest and the coarsest the last. `strides` are the levels' own: with patches of 14 pixels 7, 14, 28 for 8, 16, 32.
+    Up to stride 32 the backbone pads pictures to multiples of them; beyond, a map's last row and column may reach over the picture.
+    """
+
+    def __init__(self, backbone, strides, dim):
+        super().__init__()
+        self.sources, self.doublings, self.strides, self.channels = [], [], [], (dim,) * len(strides)
+        for level, wanted in enumerate(strides):
+            away = [abs(math.log2(stride / wanted)) for stride in backbone.strides]
+            nearest = [i for i, distance in enumerate(away) if distance < min(away) + 0.01]
+            self.sources.append(nearest[round(level / max(1, len(strides) - 1) * (len(nearest) - 1))])
+            stride = backbone.strides[self.sources[-1]]
+            self.doublings.append(round(math.log2(stride / wanted)))
+            self.strides.append(stride / 2 ** self.doublings[-1])
+        exact = [stride for stride, wanted in zip(self.strides, strides) if wanted <= 32]
+        backbone.size_divisor = max(backbone.size_divisor, math.ceil(max(exact)))
+
+
+class ResizedPyramid(Pyramid):
+    """The nearest map, resized, by a 1x1 convolution with batch norm: as light as ECViT's own pyramid."""
+
+    def __init__(self, backbone, strides, dim):
+        super().__init__(backbone, strides, dim)
+        self.projections = nn.ModuleList(ecvit.ConvNorm(backbone.channels[i], dim, 1) for i in self.sources)
+
+    def forward(self, features):
+        levels = []
+        for source, doublings, projection in zip(self.sources, self.doublings, self.projections):
+            x = features[source]
+            if doublings:
+                size = tuple(math.ceil(n * 2**doublings) for n in x.shape[-2:])
+                x = F.interpolate(x, size, mode="bilinear", align_corners=False)
+            levels.append(projection(x))
+        return levels
+
+
+class SimplePyramid(Pyramid):
+    """ViTDet's simple feature pyramid (arXiv 2203.16527): doubled by transposed convolutions, halved by max-pooling, then a 1x1 and a
+    3x3 convolution, each normed."""
+
+    def __init__(self, backbone, strides, dim):
+        super().__init__(backbone, strides, dim)
+        self.levels = nn.ModuleList()
+        for source, doublings in zip(self.sources, self.doublings):
+            width, steps = backbone.channels[source], []
+            for step in range(doublings):
+                steps += [ChannelNorm(width), nn.GELU()] if step else []
+                steps.append(nn.ConvTranspose2d(width, width // 2, 2, stride=2))
+                width //= 2
+            steps += [nn.MaxPool2d(2, ceil_mode=True)] * -doublings
+            steps += [nn.Conv2d(width, dim, 1, bias=False), ChannelNorm(dim), nn.Conv2d(dim, dim, 3, padding=1, bias=False), ChannelNorm(dim)]
+            self.levels.append(nn.Sequential(*steps))
+
+    def forward(self, features):
+        return [level(features[source]) for source, level in zip(self.sources, self.levels)]
+
+
+PYRAMIDS = {"own": None, "resize": ResizedPyramid, "simple": SimplePyramid}
+
+
+def build_pyramid(backbone, kind, strides, dim):
+    """backbone -> a module that turns its maps into maps of `dim` channels at about the wanted strides, finest first; its `strides`
+    and `channels` say which. kind: see PYRAMIDS; "own" takes the backbone's as they are."""
+    return OwnMaps(backbone) if kind == "own" else PYRAMIDS[kind](backbone, strides, dim)

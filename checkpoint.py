@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from backbones import first_line, load_strictly
 from detr_model import build_model
 from ecvit import fold
 from errors import UserError
 from released import fetch_released, released_checkpoint, weights_of
+from weights import first_line, load_strictly
 
 FORMAT = 1
 CLASS_LAYERS = re.compile(r"class|score_head")

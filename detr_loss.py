@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from torchvision.ops import box_convert
+from torchvision.ops import box_convert, sigmoid_focal_loss
 
 
 def pairwise_giou(a, b):
@@ -91,9 +91,10 @@ def assign_dense(cost, counts, k):
 class SetCriterion(nn.Module):
     """The loss of a detector's outputs: every decoder layer is matched on its own, all are computed together.
 
-    class_loss "softmax": cross-entropy over K classes and "no object", which weighs `no_object_weight` (DETR). "quality":
-    K binary scores that learn the IoU of their box, see `quality_loss`. Where the outputs have "dense" predictions, each
-    object teaches `dense_k` of their pixels.
+    class_loss "softmax": cross-entropy over K classes and "no object", which weighs `no_object_weight` (DETR). "focal": K
+    binary scores (arXiv 1708.02002). "quality": the same, but they learn the IoU of their box, see `quality_loss`. Where the
+    outputs have "dense" predictions, each object teaches `dense_k` of their pixels; where they have "enc", the predictions
+    that queries were selected by, these are one more layer; "denoising" has outputs of noisy copies and their `matches`.
     """
 
     def __init__(self, matcher, class_loss="quality", class_weight=1.0, bbox_weight=5.0, giou_weight=2.0,
@@ -107,24 +108,26 @@ class SetCriterion(nn.Module):
 
         The sum is the loss. Boxes are averaged over the batch's objects; earlier layers' terms end in _aux_0, _aux_1, ...
         """
-        layers = [*outputs["aux_outputs"], outputs]
-        logits = torch.stack([layer["pred_logits"] for layer in layers]).float()
-        boxes = torch.stack([layer["pred_boxes"] for layer in layers]).float()
+        suffixes, logits, boxes = stack_layers(outputs)
         counts = torch.tensor([len(t["labels"]) for t in targets], device=logits.device)
-        suffixes = [f"_aux_{i}" for i in range(len(layers) - 1)] + [""]
-        losses = self.losses(logits, boxes, self.matcher(logits, boxes, targets), targets, counts, suffixes)
+        layer, image, query, number = self.matcher(logits, boxes, targets)
+        total = max(1, sum(len(t["labels"]) for t in targets))
+        losses = self.losses(logits, boxes, (layer, image, query, number_in_batch(counts, image, number)), targets, suffixes, total)
+        if "denoising" in outputs:
+            suffixes, logits, boxes = stack_layers(outputs["denoising"])
+            matches = repeat_matches(outputs["denoising"]["matches"], len(suffixes))
+            losses |= self.losses(logits, boxes, matches, targets, [f"{suffix}_dn" for suffix in suffixes], len(matches[0]) // len(suffixes))
         if "dense" in outputs:
             logits, boxes = (outputs["dense"][key][None].float() for key in ("pred_logits", "pred_boxes"))
             image, pixel, target = assign_dense(self.matcher.cost(logits, boxes, targets)[0], counts, self.dense_k)
-            indices = torch.zeros_like(image), image, pixel, target
-            losses |= self.losses(logits, boxes, indices, targets, counts, ["_dense"], copies=self.dense_k)
+            indices = torch.zeros_like(image), image, pixel, number_in_batch(counts, image, target)
+            losses |= self.losses(logits, boxes, indices, targets, ["_dense"], self.dense_k * total)
         return losses
 
-    def losses(self, logits, boxes, indices, targets, counts, suffixes, copies=1):
-        """logits (L, B, Q, K or K+1), boxes (L, B, Q, 4), indices: layer, image, query, object (M,) -> the terms of every layer."""
+    def losses(self, logits, boxes, indices, targets, suffixes, total):
+        """logits (L, B, Q, K or K+1), boxes (L, B, Q, 4), indices: layer, image, query, object of the batch (M,) -> the terms of every
+        layer, divided by `total`."""
         layer, image, query, target = indices
-        total = max(1, copies * sum(len(t["labels"]) for t in targets))
-        target = counts.cumsum(0)[image] - counts[image] + target
         labels = torch.cat([t["labels"] for t in targets])[target]
         wanted = torch.cat([t["boxes"] for t in targets])[target].float()
         predicted = boxes[layer, image, query]
@@ -134,6 +137,10 @@ class SetCriterion(nn.Module):
             classes = torch.full(logits.shape[:3], logits.shape[-1] - 1, device=logits.device)
             classes[layer, image, query] = labels
             class_term = softmax_loss(logits, classes, self.no_object_weight)
+        elif self.class_loss == "focal":
+            wanted_class = torch.zeros_like(logits)
+            wanted_class[layer, image, query, labels] = 1
+            class_term = sigmoid_focal_loss(logits, wanted_class, alpha=0.25, gamma=2).sum((1, 2, 3)) / total
         else:
             quality = torch.zeros_like(logits)
             quality[layer, image, query, labels] = iou.detach().clamp(min=1e-3) ** 1.5
@@ -144,6 +151,25 @@ class SetCriterion(nn.Module):
             "giou": per_layer(1 - giou) / total,
         }
         return {f"loss_{name}{suffix}": self.weights[name] * term[i] for name, term in terms.items() for i, suffix in enumerate(suffixes)}
+
+
+def stack_layers(outputs):
+    """-> endings of the layers' names, logits (L, B, Q, K), boxes (L, B, Q, 4): the refined layers', then those of `pre` and `enc`."""
+    more = [key for key in ("pre", "enc") if key in outputs]
+    layers = [*outputs["aux_outputs"], outputs, *(outputs[key] for key in more)]
+    logits, boxes = (torch.stack([layer[key] for layer in layers]).float() for key in ("pred_logits", "pred_boxes"))
+    return [f"_aux_{i}" for i in range(len(outputs["aux_outputs"]))] + [""] + [f"_{key}" for key in more], logits, boxes
+
+
+def number_in_batch(counts, image, number):
+    """counts (B,) objects a picture; image, number (M,): objects counted within their picture -> counted over the batch, (M,)."""
+    return counts.cumsum(0)[image] - counts[image] + number
+
+
+def repeat_matches(matches, layers):
+    """image, query, object (M,) -> layer, image, query, object (L * M,): the same matches for each of so many layers."""
+    layer = torch.arange(layers, device=matches[0].device).repeat_interleave(len(matches[0]))
+    return layer, *(part.repeat(layers) for part in matches)
 
 
 def quality_loss(logits, targets, gamma=1.5):

@@ -16,11 +16,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from backbones import build_backbone
+from backbones import backbone_of, build_pyramid
 from detr_loss import HungarianMatcher, PostProcess, SetCriterion
+from dino_model import build_dino
 from ecdet_model import build_ecdet
-from layers import Mlp
+from layers import Attention, Mlp, grid_embedding, padding_bias, sine_embedding
 from refinement import shift_boxes
+from ssd_model import build_ssd
 
 ANCHOR_CELLS = 4  # side of the boxes that the dense predictions start from
 
@@ -28,18 +30,6 @@ ANCHOR_CELLS = 4  # side of the boxes that the dense predictions start from
 def build_model(config):
     """config: a plain dict of values, as a run's config.json holds -> (model, criterion, postprocess)."""
     return DETECTORS[config["detector"]](config)
-
-
-def sine_embedding(positions, dim, temperature=10000):
-    """positions (...) in [0, 1] -> (..., dim): sines and cosines of 2 pi position in turn, as in DETR."""
-    index = torch.arange(0, dim, 2, device=positions.device)
-    angles = positions[..., None] * (2 * math.pi) / temperature ** (index / dim)
-    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)
-
-
-def grid_embedding(y, x, dim):
-    """y, x (B, H, W) in [0, 1] -> (B, H * W, dim): half for the row, half for the column."""
-    return torch.cat([sine_embedding(y, dim // 2), sine_embedding(x, dim // 2)], dim=-1).flatten(1, 2)
 
 
 def mask_coordinates(padding):
@@ -57,34 +47,6 @@ def cell_coordinates(mask, size, stride):
     cell = stride / torch.stack([(~mask).any(1).sum(1), (~mask).any(2).sum(1)], dim=1)
     y, x = (torch.arange(n, device=mask.device) + 0.5 for n in size)
     return y * cell[:, 1:], x * cell[:, :1], cell
-
-
-def padding_bias(padding):
-    """padding (B, N) -> what to add to attention scores, (B, 1, 1, N), or None where nothing is padded."""
-    if not padding.any():
-        return None
-    return torch.zeros(padding.shape, device=padding.device).masked_fill(padding, -torch.inf)[:, None, None]
-
-
-class Attention(nn.Module):
-    """Multi-head attention; bias, broadcast to (B, heads, Q, N), is added to the scores."""
-
-    def __init__(self, dim, heads, dropout=0.0):
-        super().__init__()
-        self.heads, self.dropout = heads, dropout
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(dim, dim) for _ in range(4))
-        for projection in (self.q_proj, self.k_proj, self.v_proj):
-            nn.init.xavier_uniform_(projection.weight)
-
-    def forward(self, query, key, value, bias=None):
-        """query (B, Q, C), key and value (B, N, C) -> (B, Q, C)."""
-        q, k, v = (
-            projection(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for projection, x in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
-        )
-        dropout = self.dropout if self.training else 0.0
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype), dropout_p=dropout)
-        return self.out_proj(x.transpose(1, 2).flatten(2))
 
 
 class Neck(nn.Module):
@@ -159,10 +121,11 @@ class DETR(nn.Module):
     """DETR as published (arXiv 2005.12872): the backbone's coarsest map, 6 + 6 layers, learned queries, K classes and "no object"."""
 
     def __init__(self, backbone, num_classes, num_queries=100, hidden_dim=256, num_heads=8, ffn_dim=2048,
-                 encoder_layers=6, decoder_layers=6, dropout=0.1):  # fmt: skip
+                 encoder_layers=6, decoder_layers=6, dropout=0.1, pyramid="own"):  # fmt: skip
         super().__init__()
         self.backbone = backbone
-        self.input_proj = nn.Conv2d(backbone.channels[-1], hidden_dim, 1)
+        self.pyramid = build_pyramid(backbone, pyramid, (32,), hidden_dim)
+        self.input_proj = nn.Conv2d(self.pyramid.channels[-1], hidden_dim, 1)
         self.encoder = nn.ModuleList(EncoderLayer(hidden_dim, num_heads, ffn_dim, dropout) for _ in range(encoder_layers))
         self.decoder = nn.ModuleList(DecoderLayer(hidden_dim, num_heads, ffn_dim, dropout) for _ in range(decoder_layers))
         self.norm = nn.LayerNorm(hidden_dim)
@@ -171,7 +134,7 @@ class DETR(nn.Module):
         self.box_head = Mlp(hidden_dim, hidden_dim, 4, 3)
 
     def forward(self, images, mask, targets=None):
-        features = self.input_proj(self.backbone(images)[-1])
+        features = self.input_proj(self.pyramid(self.backbone(images))[-1])
         padding = F.interpolate(mask[:, None].float(), features.shape[-2:])[:, 0].bool()
         memory_pos = grid_embedding(*mask_coordinates(padding), features.shape[1]).to(features.dtype)
         memory = features.flatten(2).transpose(1, 2)
@@ -196,11 +159,12 @@ class PlainDETR(nn.Module):
     """
 
     def __init__(self, backbone, num_classes, num_queries=300, hidden_dim=256, num_heads=8, ffn_dim=1024,
-                 decoder_layers=3, dropout=0.0):  # fmt: skip
+                 decoder_layers=3, dropout=0.0, pyramid="own"):  # fmt: skip
         super().__init__()
         self.num_queries = num_queries
         self.backbone = backbone
-        self.neck = Neck(backbone.channels, backbone.strides, hidden_dim)
+        self.pyramid = build_pyramid(backbone, pyramid, (8, 16, 32), hidden_dim)
+        self.neck = Neck(self.pyramid.channels, self.pyramid.strides, hidden_dim)
         self.memory_norm = nn.LayerNorm(hidden_dim)
         self.dense_class = nn.Linear(hidden_dim, num_classes)
         self.dense_box = Mlp(hidden_dim, hidden_dim, 4, 3)
@@ -215,7 +179,7 @@ class PlainDETR(nn.Module):
             nn.init.zeros_(head.layers[-1].bias)
 
     def forward(self, images, mask, targets=None):
-        features = self.neck(self.backbone(images))
+        features = self.neck(self.pyramid(self.backbone(images)))
         y, x, cell = cell_coordinates(mask, features.shape[-2:], self.neck.stride)
         padding = ((y > 1)[:, :, None] | (x > 1)[:, None, :]).flatten(1)
         memory = self.memory_norm(features.flatten(2).transpose(1, 2))
@@ -249,20 +213,20 @@ class PlainDETR(nn.Module):
 
 
 def build_detr(config):
-    backbone = build_backbone(config["backbone"], config["backbone_weights"])
+    backbone = backbone_of(config)
     sizes = (config[key] for key in ("num_classes", "num_queries", "hidden_dim", "num_heads", "ffn_dim"))
     layers = config["decoder_layers"]
-    model = DETR(backbone, *sizes, encoder_layers=layers, decoder_layers=layers, dropout=config["dropout"])
+    model = DETR(backbone, *sizes, encoder_layers=layers, decoder_layers=layers, dropout=config["dropout"], pyramid=config.get("pyramid") or "own")
     matcher = HungarianMatcher(class_cost=1, bbox_cost=5, giou_cost=2, class_loss="softmax")
     return model, SetCriterion(matcher, class_loss="softmax", no_object_weight=0.1), PostProcess("softmax")
 
 
 def build_plain_detr(config):
-    backbone = build_backbone(config["backbone"], config["backbone_weights"])
+    backbone = backbone_of(config)
     sizes = (config[key] for key in ("num_classes", "num_queries", "hidden_dim", "num_heads", "ffn_dim"))
-    model = PlainDETR(backbone, *sizes, decoder_layers=config["decoder_layers"], dropout=config["dropout"])
+    model = PlainDETR(backbone, *sizes, decoder_layers=config["decoder_layers"], dropout=config["dropout"], pyramid=config.get("pyramid") or "own")
     matcher = HungarianMatcher(class_cost=2, bbox_cost=5, giou_cost=2)
     return model, SetCriterion(matcher, class_loss="quality"), PostProcess("quality")
 
 
-DETECTORS = {"detr": build_plain_detr, "detr-2020": build_detr, "ecdet": build_ecdet}
+DETECTORS = {"detr": build_plain_detr, "detr-2020": build_detr, "ecdet": build_ecdet, "dino": build_dino, "ssd": build_ssd}

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from detr_loss import pairwise_giou, quality_loss, to_xyxy
+from detr_loss import number_in_batch, pairwise_giou, quality_loss, repeat_matches, stack_layers, to_xyxy
 from refinement import REG_MAX, bin_distances, edge_distances
 
 TEMPERATURE = 5.0  # of the distributions that earlier layers learn from the last
@@ -32,15 +32,14 @@ class RefinementCriterion(nn.Module):
         counts = torch.tensor([len(t["labels"]) for t in targets], device=labels.device)
         layers, logits, boxes = stack_layers(outputs)
         layer, image, query, number = self.matcher(logits, boxes, targets)
-        target = counts.cumsum(0)[image] - counts[image] + number
+        target = number_in_batch(counts, image, number)
         union = union_of_matches(image, query, target, logits.shape[2])
         losses = self.losses(outputs, layers, logits, boxes, (layer, image, query, target), union, truth, max(1, len(labels)))
         if "denoising" in outputs:
             outputs = outputs["denoising"]
             layers, logits, boxes = stack_layers(outputs)
-            image, query, target = outputs["matches"]
-            every = torch.arange(len(layers), device=labels.device).repeat_interleave(len(image)), *(i.repeat(len(layers)) for i in outputs["matches"])
-            copies = self.losses(outputs, layers, logits, boxes, every, outputs["matches"], truth, len(image))
+            matches = outputs["matches"]
+            copies = self.losses(outputs, layers, logits, boxes, repeat_matches(matches, len(layers)), matches, truth, len(matches[0]))
             losses |= {f"{name}_dn": value for name, value in copies.items()}
         return losses
 
@@ -73,14 +72,6 @@ class RefinementCriterion(nn.Module):
             matched[image, query] = True
             terms["ddf"] = distillation_loss(corners[:-1], corners[-1].detach(), weight, matched)
         return {f"loss_{name}{ending}": self.weights[name] * value for name, values in terms.items() for ending, value in zip(layers, values)}
-
-
-def stack_layers(outputs):
-    """-> endings of the layers' names, logits (L, B, Q, K), boxes (L, B, Q, 4): the refined layers', then those of `pre` and `enc`."""
-    more = [key for key in ("pre", "enc") if key in outputs]
-    layers = [*outputs["aux_outputs"], outputs, *(outputs[key] for key in more)]
-    logits, boxes = (torch.stack([layer[key] for layer in layers]).float() for key in ("pred_logits", "pred_boxes"))
-    return [f"_aux_{i}" for i in range(len(outputs["aux_outputs"]))] + [""] + [f"_{key}" for key in more], logits, boxes
 
 
 def union_of_matches(image, query, target, num_queries):

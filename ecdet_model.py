@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from backbones import build_backbone
+from backbones import backbone_of, build_pyramid
+from deformable import DeformableAttention
 from denoising import make_denoising
 from detr_loss import HungarianMatcher, PostProcess
 from ecdet_loss import RefinementCriterion
@@ -172,43 +173,6 @@ class HybridEncoder(nn.Module):
         return levels
 
 
-class DeformableAttention(nn.Module):
-    """Each head of each query looks at a few points around its box on every level (arXiv 2010.04159), in the memory itself."""
-
-    def __init__(self, dim):
-        super().__init__()
-        total = sum(POINTS)
-        self.sampling_offsets = nn.Linear(dim, HEADS * total * 2)
-        self.attention_weights = nn.Linear(dim, HEADS * total)
-        scale = [1 / n for n in POINTS for _ in range(n)]
-        self.register_buffer("num_points_scale", torch.tensor(scale))
-        nn.init.zeros_(self.sampling_offsets.weight)
-        angles = torch.arange(HEADS) * (2 * math.pi / HEADS)
-        ray = torch.stack([angles.cos(), angles.sin()], dim=-1)
-        ray = ray / ray.abs().amax(-1, keepdim=True)
-        steps = torch.cat([torch.arange(1, n + 1) for n in POINTS])
-        with torch.no_grad():  # every head starts along a ray of its own
-            self.sampling_offsets.bias.copy_((ray[:, None] * steps[None, :, None]).flatten())
-        for parameter in self.attention_weights.parameters():
-            nn.init.zeros_(parameter)
-
-    def forward(self, query, boxes, levels):
-        """query (B, Q, C), boxes (B, Q, 4) cxcywh in [0, 1], levels: maps (B, C, h, w) -> (B, Q, C)."""
-        batch, queries, dim = query.shape
-        offsets = self.sampling_offsets(query).view(batch, queries, HEADS, -1, 2) * self.num_points_scale[:, None]
-        centre, size = boxes[:, :, None, None, :2], boxes[:, :, None, None, 2:]
-        grid = 2 * (centre + 0.5 * offsets * size) - 1
-        grid = grid.permute(0, 2, 3, 1, 4).flatten(0, 1)  # (B * heads, points, Q, 2): queries innermost, as long rows are faster
-        weights = self.attention_weights(query).view(batch, queries, HEADS, -1).softmax(-1)
-        weights = weights.permute(0, 2, 3, 1).flatten(0, 1)[:, None]
-        out = 0
-        for level, part, weight in zip(levels, grid.split(POINTS, dim=1), weights.split(POINTS, dim=2)):
-            values = level.reshape(batch * HEADS, dim // HEADS, *level.shape[-2:])
-            pieces = zip(*(x.split(32) for x in (values, part, weight)))  # what a processor's cache holds
-            out = out + torch.cat([(F.grid_sample(v, p, align_corners=False) * w).sum(2) for v, p, w in pieces])
-        return out.view(batch, dim, queries).transpose(1, 2)
-
-
 class Gateway(nn.Module):
     """Two gates in place of a residual: how much of the old, how much of the new."""
 
@@ -229,7 +193,7 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.self_attn = SelfAttention(dim)
         self.norm1 = nn.LayerNorm(dim)
-        self.cross_attn = DeformableAttention(dim)
+        self.cross_attn = DeformableAttention(dim, HEADS, POINTS)
         self.gateway = Gateway(dim)
         self.linear1, self.linear2 = nn.Linear(dim, ffn_dim), nn.Linear(ffn_dim, dim)
         self.norm2 = nn.LayerNorm(dim)
@@ -379,44 +343,24 @@ def make_anchors(sizes, share):
     return anchors.logit().masked_fill(~valid, torch.inf), valid, padding
 
 
-class Pyramid(nn.Module):
-    """Maps of any backbone -> maps at strides 8, 16, 32 of one width: the nearest stride's, resized, by a 1x1 convolution."""
-
-    def __init__(self, channels, strides, dim):
-        super().__init__()
-        self.nearest = [min(range(len(strides)), key=lambda i: abs(math.log2(strides[i] / stride))) for stride in (8, 16, 32)]
-        self.projections = nn.ModuleList(ConvNorm(channels[i], dim, 1) for i in self.nearest)
-
-    def forward(self, features, size):
-        """size (h, w) of the coarsest."""
-        levels = []
-        for i, projection, factor in zip(self.nearest, self.projections, (4, 2, 1)):
-            wanted = tuple(factor * n for n in size)
-            x = features[i] if features[i].shape[-2:] == wanted else F.interpolate(features[i], wanted, mode="bilinear", align_corners=False)
-            levels.append(projection(x))
-        return levels
-
-
 class ECDet(nn.Module):
     """A backbone -> hybrid encoder -> decoder. See Decoder.forward for the outputs.
 
-    A backbone with strides 8, 16, 32 of the width `dim` (ECViT) feeds the encoder directly, any other through `Pyramid`.
+    A backbone with strides 8, 16, 32 of the width `dim` (ECViT) feeds the encoder directly, any other through a pyramid.
     """
 
     def __init__(self, backbone, dim, num_classes, encoder_ffn, csp_depth, csp_expansion, decoder_ffn, layers=4, copies=100,
-                 distributions=True, num_queries=300):  # fmt: skip
+                 distributions=True, num_queries=300, pyramid=None):  # fmt: skip
         super().__init__()
         self.backbone = backbone
         fits = tuple(backbone.strides) == (8, 16, 32) and set(backbone.channels) == {dim}
-        self.pyramid = None if fits else Pyramid(backbone.channels, backbone.strides, dim)
+        self.pyramid = build_pyramid(backbone, pyramid or ("own" if fits else "resize"), (8, 16, 32), dim)
         self.encoder = HybridEncoder(dim, encoder_ffn, csp_expansion, csp_depth)
         self.decoder = Decoder(dim, decoder_ffn, num_classes, num_queries, layers, copies, distributions)
 
     def forward(self, images, mask, targets=None):
-        features = self.backbone(images)
-        h, w = (n * self.backbone.strides[0] for n in features[0].shape[-2:])
-        if self.pyramid is not None:
-            features = self.pyramid(features, (-(-h // 32), -(-w // 32)))
+        features = self.pyramid(self.backbone(images))
+        h, w = (n * self.pyramid.strides[0] for n in features[0].shape[-2:])
         share = torch.stack([(~mask).any(1).sum(1) / w, (~mask).any(2).sum(1) / h], dim=1)
         return self.decoder(self.encoder(features), share, targets)
 
@@ -437,6 +381,6 @@ def build_ecdet(config):
     sizes.pop("backbone")
     if config["decoder_layers"]:
         sizes["layers"] = config["decoder_layers"]
-    backbone = build_backbone(config["backbone"], config["backbone_weights"])
-    model = ECDet(backbone, num_classes=config["num_classes"], num_queries=config["num_queries"], **sizes)
+    backbone = backbone_of(config)
+    model = ECDet(backbone, num_classes=config["num_classes"], num_queries=config["num_queries"], pyramid=config.get("pyramid"), **sizes)
     return model, RefinementCriterion(HungarianMatcher(class_cost=2, bbox_cost=5, giou_cost=2)), PostProcess("quality")

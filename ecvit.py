@@ -195,7 +195,9 @@ class ECViT(nn.Module):
             levels[0] = levels[0] + self.skip(stem)
         return levels
 
-    def forward_features(self, images):
-        """-> x_norm (B, 1 + N, D), register first, and x_norm_patchtokens (B, N, D); ECViT has no final norm, no class token."""
-        tokens = self.backbone(images)[2][-1]
-        return {"x_norm": tokens, "x_norm_patchtokens": tokens[:, 1:]}
+    def forward_features(self, images, layers=()):
+        """-> x_norm (B, 1 + N, D), register first, and x_norm_patchtokens (B, N, D); ECViT has no final norm, no class token. For each
+        of the blocks `layers` also "block5" and so on: its patch tokens."""
+        tokens = self.backbone(images)[2]
+        named = {f"block{block}": tokens[block][:, 1:] for block in layers}
+        return {"x_norm": tokens[-1], "x_norm_patchtokens": tokens[-1][:, 1:]} | named

@@ -11,11 +11,12 @@ import huggingface_hub
 import torch
 from torchvision.models.detection import SSD300_VGG16_Weights
 
-from backbones import ECVIT_RELEASE, complain, first_line
+from backbones import ECVIT_RELEASE
 from detr_model import build_model
 from ecdet_model import SIZES
 from errors import UserError
 from refinement import REG_SCALE, UP
+from weights import complain, download, first_line
 
 FILES = tuple(f"ecdet_{size}.pth" for size in ("s", "m", "l", "x"))
 SCORES = "decoder.enc_score_head.weight"
@@ -36,12 +37,7 @@ def fetch_released(name):
     path = Path(name)
     try:
         if path.name in FILES and path.parent.is_dir():
-            print(f"{name} is not here; downloading it from {ECVIT_RELEASE}")
-            folder = Path(torch.hub.get_dir()) / "checkpoints"
-            folder.mkdir(parents=True, exist_ok=True)
-            if not (folder / path.name).exists():
-                torch.hub.download_url_to_file(ECVIT_RELEASE + path.name, str(folder / path.name))
-            return folder / path.name
+            return download(ECVIT_RELEASE + path.name)
         if re.fullmatch(r"[\w.-]+/ECDet_\w+", str(name)):
             return Path(huggingface_hub.hf_hub_download(str(name), "model.safetensors"))
     except (urllib.error.URLError, OSError) as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from backbones import find_spec
+from backbones import PYRAMIDS, find_spec
 from detr_model import DETECTORS
 from ecdet_model import SIZES
 from errors import UserError
@@ -33,8 +33,11 @@ DEFAULTS = dict(
     init=None,  # a checkpoint to start from
     freeze_backbone=0.0,  # epochs before the backbone is trained; "all": never
     checkpoint_activations=False,
+    pyramid=None,  # own, resize, simple: how the backbone's maps become those that the detector wants
+    layers=None, patch_size=None, patch_resize="pinv",  # a plain ViT's, see backbones.build_backbone
     num_queries=None,
-    hidden_dim=None, num_heads=None, ffn_dim=None, decoder_layers=None, dropout=0.0,
+    hidden_dim=None, num_heads=None, ffn_dim=None, encoder_layers=None, decoder_layers=None, dropout=0.0,
+    scales=4, copies=100,  # DINO's
     # budget: whichever ends first
     epochs=None, steps=None, minutes=None,
     # optimisation
@@ -43,6 +46,7 @@ DEFAULTS = dict(
     layer_decay=1.0,  # learning rate of each backbone block relative to the next
     weight_decay=1e-4, clip=1.0,
     schedule="linear", warmup=0.03,  # share of the budget
+    lr_drop=2 / 3,  # share of the budget after which the step schedule falls to a tenth
     warmup_steps=None,  # the warm-up's length at most
     ema=True, ema_horizon=None,  # steps that the running average looks back at most
     precision="auto", seed=0,
@@ -61,12 +65,20 @@ RECIPES = {
         detector="ecdet", augment="strong", mosaic=0.5, plain_passes=0, plain_end=2 / 74, image_size=640, square=True, num_queries=300,
         optimizer="adamw", clip=0.1, schedule="flat-cosine", warmup_steps=2000, ema_horizon=10000,
     ),
+    "dino": dict(  # arXiv 2203.03605, twelve epochs of COCO
+        detector="dino", augment="meta", plain_passes=0, image_size=800, num_queries=900, hidden_dim=256, num_heads=8, ffn_dim=2048,
+        encoder_layers=6, decoder_layers=6, batch_size=16, epochs=12, optimizer="adamw", lr=1e-4, backbone_lr=1e-5, clip=0.1, schedule="step",
+        lr_drop=11 / 12, warmup=0.0, ema=False, eval_every=1,
+    ),
 }  # fmt: skip
 
 # Learning rates of the ecdet recipe for a batch of 32: everything's but the backbone's, the backbone's
 ECDET_LR = {"nano": (5e-4, 2.5e-5), "s": (5e-4, 2.5e-5), "m": (5e-4, 2.5e-5), "l": (5e-4, 5e-6), "x": (5e-4, 2.5e-6)}
 
-ARCHITECTURE = ("detector", "size", "backbone", "hidden_dim", "num_heads", "ffn_dim", "decoder_layers")  # what --init decides
+ARCHITECTURE = (
+    "detector", "size", "backbone", "pyramid", "layers", "patch_size", "hidden_dim", "num_heads", "ffn_dim", "encoder_layers", "decoder_layers",
+    "scales",
+)  # fmt: skip  # what --init decides
 
 
 def parse_arguments(description):
@@ -85,14 +97,19 @@ def parse_arguments(description):
     data.add_argument("--workers", type=int, metavar="N", help="processes that prepare pictures")
     data.add_argument("--skip-bad-images", action="store_true", help="leave out pictures that can't be read, instead of stopping")
     model = parser.add_argument_group("model")
-    model.add_argument("--recipe", choices=RECIPES, help="meta: DETR as published; ecdet: ECDet as published, the default for an ECDet that does not start from random weights; every option below and above still applies")
-    model.add_argument("--detector", choices=DETECTORS, help="detr: ours (default); detr-2020: as published; ecdet: EdgeCrafter's real-time detector")
+    model.add_argument("--recipe", choices=RECIPES, help="meta: DETR as published; ecdet: ECDet as published, the default for an ECDet that does not start from random weights; dino: DINO as published, 12 epochs; every option below and above still applies")
+    model.add_argument("--detector", choices=DETECTORS, help="detr: ours (default); detr-2020: as published; ecdet: EdgeCrafter's real-time detector; dino: deformable, over four scales; ssd: torchvision's head, as a baseline")
     model.add_argument("--size", choices=SIZES, help="ECDet's (default: the one that the backbone belongs to, otherwise m)")
     model.add_argument("--backbone", metavar="NAME", help="see python check_dims.py (default: ecvitt; the demo: ecvit-nano)")
     model.add_argument("--backbone-weights", metavar="W", help="pretrained (hub or release), none (from scratch), or the path of a folder or file (default: pretrained where there are any)")
     model.add_argument("--init", metavar="FILE", help="start from this checkpoint: best.pth of a run, or a released ECDet (ecdet_s.pth, a folder, Intellindust/ECDet_S); it decides the architecture")
     model.add_argument("--freeze-backbone", metavar="N", help="epochs before the backbone is trained, or all (default 0; meta: 100)")
     model.add_argument("--checkpoint-activations", action="store_true", help="recompute the backbone's activations: less memory, slower")
+    model.add_argument("--pyramid", choices=PYRAMIDS, help="maps for the detector: own, the backbone's as they are (default for detr); resize, the nearest of them resized (ecdet, where the own don't fit); simple, ViTDet's (dino, ssd)")
+    model.add_argument("--layers", metavar="I,J,..", help="blocks of a plain ViT, counted from 0, whose maps are used, the earliest for the finest level (default: the last alone)")
+    model.add_argument("--patch-size", type=int, metavar="P", help="a plain ViT's patches, its filters resampled: 16 for DINOv2 fits every other size here (default: its own)")
+    model.add_argument("--patch-resize", choices=["pinv", "bicubic"], help="how: by the pseudo-inverse of FlexiViT or like pictures (default pinv)")
+    model.add_argument("--scales", type=int, choices=[4, 5], help="DINO's: 8 to 64 pixels, or 4 to 64 (default 4)")
     model.add_argument("--num-queries", type=int, metavar="Q", help="most objects that can be found in a picture (default: 100 to 300, ten times the most in a training picture, never under twice)")
     model.add_argument("--decoder-layers", type=int, metavar="N", help="(default 3, with ecvit-nano 2; meta: 6)")
     budget = parser.add_argument_group("budget (the first that is used up ends the run; the schedule follows it)")
@@ -169,7 +186,11 @@ def settle(given, train, initial=None):
         choose("hidden_dim", 128 if nano else 256)
         choose("num_heads", s["hidden_dim"] // 32)
         choose("ffn_dim", 4 * s["hidden_dim"])
-        choose("decoder_layers", 2 if nano else 3)
+        choose("decoder_layers", 2 if nano else 6 if s["detector"] == "dino" else 3)
+    if s["detector"] == "dino":
+        choose("encoder_layers", 2 if nano else 6)
+    if s["detector"] in ("dino", "ssd"):
+        choose("pyramid", "simple")
     choose("image_size", 128 if demo else choose_image_size(train, 224 if nano else 640))
     published = s["augment"] == "strong" and pictures >= 50000  # as many pictures as the recipe was made for, or nearly
     choose("batch_size", 32 if published else 8 if pictures < 1000 else 16)

@@ -266,7 +266,7 @@ def build_optimizers(model, s):
 
 def is_inner_matrix(name, parameter):
     """Weights of layers within the network, not those that give classes or boxes, nor embeddings."""
-    gives_classes_or_edges = re.search(r"class|score_head|dec_bbox_head\.\d+\.layers\.2", name)
+    gives_classes_or_edges = re.search(r"class|score_head|dec_bbox_head\.\d+\.layers\.2|regression_head|content", name)
     return name.endswith(".weight") and not gives_classes_or_edges and min(len(parameter), parameter[0].numel()) >= 16
 
 
@@ -283,7 +283,7 @@ def learning_rate_factor(progress, s):
     if s["schedule"] == "flat-cosine":  # DEIM: flat for half of the run, then a cosine to half of the peak
         return warm * (0.75 + 0.25 * math.cos(math.pi * max(0.0, 2 * progress - 1)))
     if s["schedule"] == "step":  # DETR: a tenth for the last third
-        return warm * (1.0 if progress < 2 / 3 else 0.1)
+        return warm * (1.0 if progress < s["lr_drop"] else 0.1)
     return warm * (1 - progress)
 
 

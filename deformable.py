@@ -1,0 +1,73 @@
+"""Multi-scale deformable attention (Deformable DETR, arXiv 2010.04159): each head of each query looks at a few points."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class DeformableAttention(nn.Module):
+    """Samples the maps of several levels as they are; points: how many a head looks at on each level."""
+
+    def __init__(self, dim, heads, points):
+        super().__init__()
+        self.heads, self.points = heads, tuple(points)
+        total = sum(points)
+        self.sampling_offsets = nn.Linear(dim, heads * total * 2)
+        self.attention_weights = nn.Linear(dim, heads * total)
+        self.register_buffer("num_points_scale", torch.tensor([1 / n for n in points for _ in range(n)]))
+        nn.init.zeros_(self.sampling_offsets.weight)
+        angles = torch.arange(heads) * (2 * math.pi / heads)
+        ray = torch.stack([angles.cos(), angles.sin()], dim=-1)
+        ray = ray / ray.abs().amax(-1, keepdim=True)
+        steps = torch.cat([torch.arange(1, n + 1) for n in points])
+        with torch.no_grad():  # every head starts along a ray of its own
+            self.sampling_offsets.bias.copy_((ray[:, None] * steps[None, :, None]).flatten())
+        for parameter in self.attention_weights.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, query, reference, levels, share=None):
+        """query (B, Q, C) -> (B, Q, C).
+
+        reference: boxes (B, Q, 4) cxcywh, around which offsets are measured in the box's own size, or points (B, Q, 2), where they
+        are measured in cells; both in [0, 1] of what `share` (B, L, 2) of each level's width and height is no padding (default: of
+        all). levels: maps (B, C, h, w).
+        """
+        batch, queries, dim = query.shape
+        offsets = self.sampling_offsets(query).view(batch, queries, self.heads, -1, 2)
+        if reference.shape[-1] == 4:
+            offsets = 0.5 * offsets * self.num_points_scale[:, None] * reference[:, :, None, None, 2:]
+        centre = reference[:, :, None, None, :2]
+        weights = self.attention_weights(query).view(batch, queries, self.heads, -1).softmax(-1)
+        weights = weights.permute(0, 2, 3, 1).flatten(0, 1)[:, None]
+        out = 0
+        for i, (level, part, weight) in enumerate(zip(levels, offsets.split(self.points, dim=3), weights.split(self.points, dim=2))):
+            ratio = 1 if share is None else share[:, None, None, None, i]
+            in_cells = reference.shape[-1] == 2
+            grid = centre * ratio + part / centre.new_tensor(level.shape[:1:-1]) if in_cells else (centre + part) * ratio
+            grid = (2 * grid - 1).permute(0, 2, 3, 1, 4).flatten(0, 1)  # (B * heads, points, Q, 2): queries innermost, as long rows are faster
+            values = level.reshape(batch * self.heads, dim // self.heads, *level.shape[-2:])
+            pieces = zip(*(x.split(32) for x in (values, grid, weight)))  # what a processor's cache holds
+            out = out + torch.cat([(F.grid_sample(v, p, align_corners=False) * w).sum(2) for v, p, w in pieces])
+        return out.view(batch, dim, queries).transpose(1, 2)
+
+
+class ProjectedDeformableAttention(DeformableAttention):
+    """The same between a projection of the values and one of the result, as it was published."""
+
+    def __init__(self, dim, heads, points):
+        super().__init__(dim, heads, points)
+        self.value_proj, self.output_proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        for projection in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(projection.weight)
+            nn.init.zeros_(projection.bias)
+
+    def forward(self, query, reference, memory, sizes, share, padding=None):
+        """memory (B, N, C): the cells of all levels, whose sizes are [(h, w)]; padding (B, N): True where they are none; see above."""
+        values = self.value_proj(memory).float()  # positions between cells need more digits than bfloat16 has
+        if padding is not None:
+            values = values.masked_fill(padding[..., None], 0.0)
+        parts = values.split([h * w for h, w in sizes], dim=1)
+        levels = [part.transpose(1, 2).unflatten(2, size) for part, size in zip(parts, sizes)]
+        return self.output_proj(super().forward(query, reference, levels, share).to(query.dtype))

@@ -7,6 +7,36 @@ import torch.nn.functional as F
 from torch import nn
 
 
+def weighted_samples(values, grid, weights):
+    """values (N, c, h, w), grid (N, P, Q, 2) in [-1, 1], weights (N, P, Q) -> (N, c, Q): the sums of the weighted samples of each query."""
+    if torch.is_grad_enabled():
+        return WeightedSamples.apply(values, grid, weights)
+    return (F.grid_sample(values, grid, align_corners=False) * weights[:, None]).sum(2)
+
+
+class WeightedSamples(torch.autograd.Function):
+    """The samples themselves, P times as large as their sums, are not kept but taken again in the backward pass, and both passes go in
+    pieces that a processor's cache holds: bytes cost more here than operations."""
+
+    PIECE = 16
+
+    @staticmethod
+    def forward(ctx, values, grid, weights):
+        ctx.save_for_backward(values, grid, weights)
+        pieces = zip(*(x.split(WeightedSamples.PIECE) for x in (values, grid, weights)))
+        return torch.cat([F.grid_sample(v, g, align_corners=False).mul_(w[:, None]).sum(2) for v, g, w in pieces])
+
+    @staticmethod
+    def backward(ctx, grad):
+        found = []
+        for v, g, w, of_sums in zip(*(x.split(WeightedSamples.PIECE) for x in (*ctx.saved_tensors, grad))):
+            of_weights = F.grid_sample(v, g, align_corners=False).mul_(of_sums[:, :, None]).sum(1)
+            of_samples = of_sums[:, :, None] * w[:, None]
+            bilinear, zeros = 0, 0
+            found.append((*torch.ops.aten.grid_sampler_2d_backward(of_samples, v, g, bilinear, zeros, False, [True, True]), of_weights))
+        return tuple(torch.cat(parts) for parts in zip(*found))
+
+
 class DeformableAttention(nn.Module):
     """Samples the maps of several levels as they are; points: how many a head looks at on each level."""
 
@@ -40,16 +70,15 @@ class DeformableAttention(nn.Module):
             offsets = 0.5 * offsets * self.num_points_scale[:, None] * reference[:, :, None, None, 2:]
         centre = reference[:, :, None, None, :2]
         weights = self.attention_weights(query).view(batch, queries, self.heads, -1).softmax(-1)
-        weights = weights.permute(0, 2, 3, 1).flatten(0, 1)[:, None]
+        weights = weights.permute(0, 2, 3, 1).flatten(0, 1)
         out = 0
-        for i, (level, part, weight) in enumerate(zip(levels, offsets.split(self.points, dim=3), weights.split(self.points, dim=2))):
+        for i, (level, part, weight) in enumerate(zip(levels, offsets.split(self.points, dim=3), weights.split(self.points, dim=1))):
             ratio = 1 if share is None else share[:, None, None, None, i]
             in_cells = reference.shape[-1] == 2
             grid = centre * ratio + part / centre.new_tensor(level.shape[:1:-1]) if in_cells else (centre + part) * ratio
             grid = (2 * grid - 1).permute(0, 2, 3, 1, 4).flatten(0, 1)  # (B * heads, points, Q, 2): queries innermost, as long rows are faster
             values = level.reshape(batch * self.heads, dim // self.heads, *level.shape[-2:])
-            pieces = zip(*(x.split(32) for x in (values, grid, weight)))  # what a processor's cache holds
-            out = out + torch.cat([(F.grid_sample(v, p, align_corners=False) * w).sum(2) for v, p, w in pieces])
+            out = out + weighted_samples(values, grid, weight)
         return out.view(batch, dim, queries).transpose(1, 2)
 
 

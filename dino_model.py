@@ -8,7 +8,6 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from backbones import backbone_of, build_pyramid
 from deformable import ProjectedDeformableAttention
@@ -17,7 +16,7 @@ from detr_loss import HungarianMatcher, PostProcess, SetCriterion
 from layers import Attention, Mlp, sine_embedding
 
 POINTS = 4  # on each level
-RECOMPUTE_ABOVE = 5000  # cells: what each encoder layer sampled is then not kept for the backward pass
+TEMPERATURE = 20  # of the cells' position embedding
 STRIDES = (4, 8, 16, 32, 64)  # five scales; four leave out the finest
 
 
@@ -96,12 +95,11 @@ class DINO(nn.Module):
         share, centres, sides, padding = cells(mask, sizes, self.pyramid.strides)
         memory = torch.cat([level.flatten(2).transpose(1, 2) for level in maps], dim=1)
         levels = torch.tensor([h * w for h, w in sizes], device=mask.device)
-        pos = sine_embedding(centres[..., [1, 0]], memory.shape[-1] // 2, temperature=20).flatten(2) + self.level_embed.repeat_interleave(levels, dim=0)
+        pos = sine_embedding(centres[..., [1, 0]], memory.shape[-1] // 2, TEMPERATURE).flatten(2) + self.level_embed.repeat_interleave(levels, dim=0)
         pos = pos.to(memory.dtype)
         around = sizes, share, padding
-        recompute = self.training and memory.shape[1] > RECOMPUTE_ABOVE
         for layer in self.encoder:
-            memory = checkpoint(layer, memory, pos, centres, *around, use_reentrant=False) if recompute else layer(memory, pos, centres, *around)
+            memory = layer(memory, pos, centres, *around)
 
         tokens, anchors = self.proposals(memory, centres, sides, padding)
         scores = self.enc_class_head(tokens)

@@ -38,7 +38,7 @@ def transformers_config(spec):
         config = transformers.Dinov2WithRegistersConfig(num_register_tokens=spec.registers, **common)
     else:
         config = transformers.Dinov2Config(**common)
-    config.mlp_ratio, config.use_swiglu_ffn = spec.ffn / spec.width if not spec.gated else 4, spec.gated
+    config.mlp_ratio, config.use_swiglu_ffn = 4 if spec.gated else spec.ffn // spec.width, spec.gated
     return config
 
 
@@ -100,8 +100,8 @@ def resize_patch_filters(filters, size, method="pinv"):
     """Filters (C, 3, p, p) of a patch embedding for patches of size x size pixels -> (C, 3, size, size).
 
     "pinv" (FlexiViT, arXiv 2212.08013): such that a patch that was enlarged with its picture gives what it gave before;
-    exact for patches enlarged one by one. "bicubic": the filters resized like pictures, their scale kept. "crop": no
-    resampling at all, the old filters with zeros around them (or cut), for comparison.
+    exact for patches enlarged one by one. "bicubic": the filters resized like pictures. "crop": no resampling at all, the
+    old filters with zeros around them (or cut), for comparison.
     """
     old = filters.shape[-1]
     if size == old:
@@ -109,8 +109,8 @@ def resize_patch_filters(filters, size, method="pinv"):
     if method == "crop":
         before = (size - old) // 2
         return F.pad(filters, (before, size - old - before) * 2)
-    if method == "bicubic":  # a sum over more pixels has to weigh each of them less
-        return F.interpolate(filters, (size, size), mode="bicubic", antialias=True, align_corners=False) * (old / size) ** 2
+    if method == "bicubic":
+        return F.interpolate(filters, (size, size), mode="bicubic", antialias=True, align_corners=False)
     inverse = torch.linalg.pinv(resize_matrix(old, size).T).to(filters)
     return (filters.flatten(2) @ inverse.T).unflatten(2, (size, size))
 
@@ -152,7 +152,7 @@ def fetch(load, source):
     try:
         return load()
     except urllib.error.URLError as error:
-        raise UserError(f"{source}: can't be downloaded ({error.reason}); download it elsewhere and give its path as --backbone-weights") from None
+        raise UserError(f"{source}: can't be downloaded ({error.reason}); download it elsewhere and give the path of the file") from None
     except OSError as error:
         text = str(error)
         if "gated" in text.lower() or "401" in text or "403" in text:

@@ -9,7 +9,7 @@ from conftest import ROOT, reference_state
 
 import backbones
 import check_dims
-from backbones import BACKBONES, build_backbone, load_transformers, parameter_depths, transformers_config
+from backbones import BACKBONES, build_backbone, parameter_depths
 from errors import UserError
 
 # Every 29th value of what public implementations give on these weights (see tests/parity/README.md)
@@ -40,7 +40,7 @@ def test_features_agree_with_the_reference_implementation(name, tmp_path):
         elif "convnext" in name:
             got = {f"stage{i}": m for i, m in enumerate(maps)}
         else:
-            middle, last = backbone.intermediate_maps(images, [5, 11])
+            middle, last = build_backbone(name, tmp_path / "weights.pth", layers=(5, 11)).eval()(images)
             assert torch.equal(last, maps[0])
             got = {"mid": middle, "last": last}
     got |= {key: features[key] for key in ("x_norm_clstoken", "x_norm_patchtokens") if key in features and not name.startswith("ecvit")}

@@ -27,7 +27,7 @@ def expected_maps(spec, size):
 def disagreements(name, spec, backbone):
     """What of the table is not true of the module, found by looking at the module itself."""
     shapes = {key: tuple(p.shape) for key, p in backbone.named_parameters()}
-    blocks = {int(part) for key in shapes for part in [_number_after(key, ("blocks", "layer"))] if part is not None}
+    blocks = {int(part) for key in shapes for part in [_number_after(key, ("blocks", "layer", "layers"))] if part is not None}
     wrong = []
     if spec.family == "convnext":
         depthwise = Counter(shape[0] for shape in shapes.values() if shape[1:] == (1, 7, 7))  # one in every block
@@ -42,6 +42,9 @@ def disagreements(name, spec, backbone):
         embedding = [shape for key, shape in shapes.items() if "patch_embed" in key and len(shape) == 4]
         if not embedding or embedding[-1] not in ((spec.width, 3, spec.patch, spec.patch), (spec.width, spec.width // 2, 3, 3)):
             wrong.append(f"no patch embedding of width {spec.width} and patch {spec.patch}")
+        positions = [shape[-2] for key, shape in shapes.items() if "position" in key] or [0]
+        if positions[0] != (1 + spec.grid**2 if spec.grid else 0):
+            wrong.append(f"{positions[0]} learned positions, not one and {spec.grid}x{spec.grid}")
         registers = [shape[1] for key, shape in shapes.items() if "register" in key] or [0]
         if registers[0] != spec.registers:
             wrong.append(f"{registers[0]} registers, not {spec.registers}")

@@ -155,7 +155,8 @@ def test_any_picture_size_gives_maps_of_the_padded_size(name):
 def test_published_parameter_counts():
     """In millions, from the papers and model cards; the 7B model is 4096 wide."""
     published = {"dinov2-small": 22.1, "dinov2-giant": 1136, "dinov3-vits16": 21.6, "dinov3-vits16plus": 28.7, "dinov3-vitb16": 85.7,
-                 "dinov3-vitl16": 303, "dinov3-vith16plus": 840, "dinov3-vit7b16": 6716, "ecvitt": 5.6, "ecvitsplus": 29.6}  # fmt: skip
+                 "dinov3-vitl16": 303, "dinov3-vith16plus": 840, "dinov3-vit7b16": 6716, "ecvitt": 5.6, "ecvitsplus": 29.6,
+                 "clip-vitb16": 86.2, "clip-vitl14": 304, "mae-vitb16": 86, "mae-vitl16": 304, "mae-vith14": 632, "vggt-vitl14": 304}  # fmt: skip
     for name, millions in published.items():
         with torch.device("meta"):
             count = sum(p.numel() for p in build_backbone(name).parameters()) / 1e6

@@ -164,7 +164,7 @@ def parameter_depths(backbone):
     depths = {}
     for name, _ in backbone.named_parameters():
         block = re.search(r"(?:blocks|layers?|stages)\.(\d+)\.", name)
-        at_entry = re.search(r"embed|register_token", name)
+        at_entry = re.search(r"embed|register_token|pre_layrnorm", name)
         depths[name] = int(block[1]) + 1 if block else 0 if at_entry else None
     last = max((d for d in depths.values() if d is not None), default=0) + 1
     return {name: last if depth is None else depth for name, depth in depths.items()}

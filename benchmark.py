@@ -19,7 +19,7 @@ from detr_model import DETECTORS, build_model
 from ecdet_model import SIZES
 from ecvit import fold
 from errors import run
-from settings import fast_bfloat16
+from settings import DEFAULTS, fast_bfloat16
 
 CLASSES = 80
 
@@ -32,9 +32,9 @@ def random_targets(pictures, boxes, device):
 
 def build(arguments, device):
     backbone = arguments.backbone or (SIZES[arguments.size]["backbone"] if arguments.detector == "ecdet" else "ecvitt")
-    config = dict(
+    config = DEFAULTS | dict(
         detector=arguments.detector, size=arguments.size, backbone=backbone, backbone_weights=None, num_classes=CLASSES, num_queries=300,
-        hidden_dim=256, num_heads=8, ffn_dim=1024, decoder_layers=None if arguments.detector == "ecdet" else 3, dropout=0.0,
+        hidden_dim=256, num_heads=8, ffn_dim=1024, encoder_layers=6, copies=100, decoder_layers={"ecdet": None, "dino": 6}.get(arguments.detector, 3),
     )  # fmt: skip
     model, criterion, _ = build_model(config)
     return model.to(device, memory_format=torch.channels_last), criterion

@@ -170,7 +170,7 @@ def build_dino(config):
     sizes = (config[key] for key in ("num_classes", "num_queries", "hidden_dim", "num_heads", "ffn_dim"))
     model = DINO(
         backbone_of(config), *sizes, encoder_layers=config["encoder_layers"], decoder_layers=config["decoder_layers"], dropout=config["dropout"],
-        scales=config["scales"], copies=config["copies"], pyramid=config["pyramid"],
+        scales=config["scales"], copies=config["copies"], pyramid=config["pyramid"] or "simple",
     )  # fmt: skip
     matcher = HungarianMatcher(class_cost=2, bbox_cost=5, giou_cost=2)
     return model, SetCriterion(matcher, class_loss="focal"), PostProcess("focal")

@@ -16,6 +16,7 @@ from denoising import make_denoising
 from detr_loss import HungarianMatcher, PostProcess
 from ecdet_loss import RefinementCriterion
 from ecvit import ConvNorm
+from errors import UserError
 from layers import Mlp
 from refinement import REG_MAX, corners_to_boxes, shift_boxes
 
@@ -354,6 +355,8 @@ class ECDet(nn.Module):
         super().__init__()
         self.backbone = backbone
         fits = tuple(backbone.strides) == (8, 16, 32) and set(backbone.channels) == {dim}
+        if pyramid == "own" and not fits:
+            raise UserError(f"--pyramid own: this ECDet takes maps at strides 8, 16, 32 of {dim} channels; {backbone.name} has {backbone.strides} of {backbone.channels}")
         self.pyramid = build_pyramid(backbone, pyramid or ("own" if fits else "resize"), (8, 16, 32), dim)
         self.encoder = HybridEncoder(dim, encoder_ffn, csp_expansion, csp_depth)
         self.decoder = Decoder(dim, decoder_ffn, num_classes, num_queries, layers, copies, distributions)

@@ -37,7 +37,7 @@ DEFAULTS = dict(
     layers=None, patch_size=None, patch_resize="pinv",  # a plain ViT's, see backbones.build_backbone
     num_queries=None,
     hidden_dim=None, num_heads=None, ffn_dim=None, encoder_layers=None, decoder_layers=None, dropout=0.0,
-    scales=4, copies=100,  # DINO's
+    scales=4, copies=None,  # DINO's; its noisy queries
     # budget: whichever ends first
     epochs=None, steps=None, minutes=None,
     # optimisation
@@ -150,8 +150,8 @@ def settle(given, train, initial=None):
     given = dict(given)
     if initial:
         fixed = {key: initial[key] for key in ARCHITECTURE if initial.get(key) is not None}
-        for key in fixed.keys() & given.keys() | given.keys() & {"backbone_weights"}:
-            if fixed.get(key) != given[key]:
+        for key in given.keys() & {*ARCHITECTURE, "backbone_weights"}:
+            if key == "backbone_weights" or initial.get(key) != given[key]:
                 raise UserError(f"--{key.replace('_', '-')} {given[key]}: the architecture and its weights are those of --init {given['init']}; leave it out")
         given |= fixed
         given.setdefault("image_size", initial["image_size"])
@@ -166,7 +166,7 @@ def settle(given, train, initial=None):
     scratch = weights == "none" and not initial
     s = DEFAULTS | RECIPES[recipe or ("ecdet" if ecdet and not scratch else "default")] | given
     s |= {"backbone": backbone, "backbone_weights": weights}
-    for key in ("batch_size", "accumulate", "image_size", "num_queries", "decoder_layers", "epochs", "steps", "minutes"):
+    for key in ("batch_size", "accumulate", "image_size", "num_queries", "decoder_layers", "patch_size", "epochs", "steps", "minutes"):
         if s[key] is not None and s[key] <= 0:
             raise UserError(f"--{key.replace('_', '-')} has to be more than 0, not {s[key]}")
     if s["size"] and s["detector"] != "ecdet":
@@ -188,14 +188,13 @@ def settle(given, train, initial=None):
         choose("ffn_dim", 4 * s["hidden_dim"])
         choose("decoder_layers", 2 if nano else 6 if s["detector"] == "dino" else 3)
     if s["detector"] == "dino":
-        choose("encoder_layers", 2 if nano else 6)
-    if s["detector"] in ("dino", "ssd"):
-        choose("pyramid", "simple")
+        choose("encoder_layers", 1 if nano else 6)
+        choose("copies", 40 if nano else 100)
     choose("image_size", 128 if demo else choose_image_size(train, 224 if nano else 640))
     published = s["augment"] == "strong" and pictures >= 50000  # as many pictures as the recipe was made for, or nearly
     choose("batch_size", 32 if published else 8 if pictures < 1000 else 16)
     most = train.most_objects
-    choose("num_queries", max(100, min(300, 10 * most), 2 * most))  # many more than objects: the best of them are matched
+    choose("num_queries", 900 if s["detector"] == "dino" and not nano else max(100, min(300, 10 * most), 2 * most))  # many more than objects: the best of them are matched
     if s["epochs"] is s["steps"] is s["minutes"] is None:
         chosen["epochs"] = s["epochs"] = 40 if demo else 74 if published else 100 if pictures < 5000 else 50 if pictures < 20000 else 24
         if demo:

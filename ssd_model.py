@@ -80,5 +80,5 @@ class SSDPostProcess(nn.Module):
 
 def build_ssd(config):
     num_classes = config["num_classes"]
-    model = SSDDetector(backbone_of(config), num_classes, config["hidden_dim"], config["pyramid"])
+    model = SSDDetector(backbone_of(config), num_classes, config["hidden_dim"], config["pyramid"] or "simple")
     return model, SSDCriterion(num_classes), SSDPostProcess(num_classes)

@@ -13,9 +13,12 @@ from conftest import ROOT, write_coco
 from PIL import Image
 
 import check_dims
+import compare_patches
 import evaluate
+import features
 import infer
 import train
+from backbones import build_backbone
 from errors import run
 
 SMALL = ["--backbone", "ecvit-nano", "--image-size", "48", "--batch-size", "4", "--num-queries", "10"]
@@ -207,3 +210,53 @@ def test_a_run_without_its_optimisers_is_not_gone_on_with(finished_run, tmp_path
         torch.save(saved, tmp_path / str(number) / "last.pth")
         status, _, err = called(train.main, ["--resume", tmp_path / str(number)], monkeypatch, capsys)
         assert status == 2 and err.count("\n") == 1 and "no optimiser's state" in err
+
+
+@pytest.mark.parametrize("options", [["--detector", "dino"], ["--detector", "ssd"], ["--detector", "dino", "--backbone", "dinov2-small", "--patch-size", 16, "--layers", "5,11", "--scales", 5]])
+def test_other_detectors_train_infer_and_evaluate(options, tiny_data, tmp_path, monkeypatch, capsys):
+    arguments = ["--data", tiny_data, *SMALL, "--backbone-weights", "none", "--steps", 2, "--out", tmp_path / "run", *options]
+    status, out, err = called(train.main, arguments, monkeypatch, capsys)
+    assert status == 0, err
+    best = tmp_path / "run" / "best.pth"
+    picture = next((tiny_data / "val2017").glob("*.png"))
+    status, out, err = called(infer.main, [picture, "--checkpoint", best, "--out", tmp_path / "found", "--threshold", 0.01], monkeypatch, capsys)
+    assert status == 0 and len(json.loads((tmp_path / "found" / "detections.json").read_text())) > 0, err
+    status, out, err = called(evaluate.main, [best], monkeypatch, capsys)
+    assert status == 0 and "AP50" in out, err
+    status, out, err = called(train.main, ["--data", tiny_data, "--init", best, "--pyramid", "resize", "--out", tmp_path / "other"], monkeypatch, capsys)
+    assert status == 2 and "--pyramid resize: the architecture" in err
+
+
+def test_a_sheet_of_features(finished_run, tmp_path, monkeypatch, capsys):
+    Image.effect_noise((120, 80), 60).save(tmp_path / "a.png")
+    build_backbone("dinov3-vits16").model.save_pretrained(tmp_path / "weights")
+    capsys.readouterr()
+    arguments = [tmp_path / "a.png", "--backbone", f"dinov3-vits16={tmp_path / 'weights'}", "ecvit-nano=none", "--layers", "2,5", "--image-size", 64]
+    status, out, err = called(features.main, [*arguments, "--checkpoint", finished_run[1] / "best.pth", "--out", tmp_path / "sheet.png"], monkeypatch, capsys)
+    assert status == 0, err
+    assert "dinov3-vits16, block 5: 1 pictures, 4x6 tokens of 384" in out and out.count("ecvit-nano") == 4
+    assert Image.open(tmp_path / "sheet.png").width > 6 * 120
+    for wrong, message in ([["nowhere.jpg", "--backbone", "ecvit-nano=none"], "nowhere.jpg: can't be read"], [[tmp_path / "a.png"], "which features?"],
+                           [[tmp_path / "a.png", "--backbone", "ecvit-nano=none", "--layers", "6"], "the blocks of ecvit-nano are 0 to 5"]):  # fmt: skip
+        status, _, err = called(features.main, wrong, monkeypatch, capsys)
+        assert status == 2 and message in err
+
+
+def test_principal_colours_are_the_directions_of_most_variance():
+    torch.manual_seed(0)
+    spread = torch.randn(200, 8) * torch.tensor([1.0, 9.0, 1.0, 1.0, 5.0, 1.0, 3.0, 1.0])
+    first, second = features.principal_colours([spread[:120].unflatten(0, (10, 12)), spread[120:].unflatten(0, (8, 10))])
+    assert first.shape == (10, 12, 3) and 0 <= first.min() and first.max() <= 1
+    colours = torch.cat([first.flatten(0, 1), second.flatten(0, 1)])
+    for component, channel in enumerate((1, 4, 6)):
+        assert torch.corrcoef(torch.stack([colours[:, component], spread[:, channel]]))[0, 1].abs() > 0.9
+
+
+def test_patches_are_compared(tmp_path, monkeypatch, capsys):
+    status, out, err = called(compare_patches.main, ["--backbone", "dinov2-small", "--weights", "none", "--grid", 4, "--out", tmp_path / "p.png"], monkeypatch, capsys)
+    assert status == 0, err
+    away = {line.split("  ")[0]: float(line.split()[-1]) for line in out.splitlines() if line.startswith(("pseudo", "bicubic", "none", "newly"))}
+    assert len(away) == 4 and away["pseudo-inverse"] < 0.2 * min(v for k, v in away.items() if k != "pseudo-inverse")
+    assert (tmp_path / "p.png").exists()
+    status, _, err = called(compare_patches.main, ["--backbone", "ecvitt"], monkeypatch, capsys)
+    assert status == 2 and "not a plain vision transformer" in err

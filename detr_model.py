@@ -1,4 +1,4 @@
-"""DETR: positions, attention, the published detector and the one this repository trains by default.
+"""DETR: the published detector and the one this repository trains by default.
 
 `DETR` is the model of arXiv 2005.12872. `PlainDETR` keeps its shape (one map, global attention, no anchors by hand, no
 NMS) and adds what made its successors converge: queries selected from the memory, boxes that every layer refines and

@@ -79,10 +79,11 @@ def load_transformers(name, spec, weights):
         model, report = fetch(load, source)
     except (RuntimeError, ValueError, KeyError) as error:
         raise UserError(f"{source}: not the weights of {name} ({first_line(error)})") from None
-    beside = {key for key in report["unexpected_keys"] if BESIDE_THE_BACKBONE.match(key)}
+    surplus = set(report["unexpected_keys"])
+    beside = {key for key in surplus if BESIDE_THE_BACKBONE.match(key)}
     if beside:
         print(f"{source}: {len(beside)} weights are not the backbone's and are left out: {', '.join(sorted({key.split('.')[0] for key in beside}))}")
-    complain(source, name, report["missing_keys"], report["unexpected_keys"] - beside, report["mismatched_keys"])
+    complain(source, name, report["missing_keys"], surplus - beside, report["mismatched_keys"])
     return model
 
 

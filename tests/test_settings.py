@@ -3,6 +3,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from errors import UserError
 from settings import settle
 from train import learning_rate_factor, update_average
 
@@ -52,3 +53,21 @@ def test_the_average_ramps_up_to_its_horizon():
         update_average(ours, theirs, step, 10_000)
         weights.append(float(ours.weight.detach()))
     assert weights == pytest.approx([1.0, 1 - 0.9999 * (1 - 2.718281828**-1), 1e-4], rel=1e-3)
+
+
+def test_the_dino_recipe_is_as_published():
+    s = settle({"data": "coco", "recipe": "dino", "backbone": "dinov2-base", "patch_size": 16}, pictures(118_287))
+    wanted = dict(detector="dino", num_queries=900, encoder_layers=6, decoder_layers=6, hidden_dim=256, ffn_dim=2048, copies=100, scales=4, batch_size=16,
+                  epochs=12, lr=1e-4, backbone_lr=1e-5, optimizer="adamw", clip=0.1, patch_size=16)  # fmt: skip
+    assert {key: s[key] for key in wanted} == wanted
+    assert [learning_rate_factor(progress, s) for progress in (0.0, 0.9, 0.92)] == [1.0, 1.0, 0.1]
+    assert settle({"data": "mine", "detector": "dino", "image_size": 320}, pictures(800))["num_queries"] == 900
+
+
+def test_an_option_of_the_architecture_is_refused_beside_a_checkpoint():
+    initial = dict(detector="dino", backbone="dinov2-base", patch_size=16, layers="5,11", hidden_dim=256, image_size=320, num_queries=900)
+    given = {"data": "mine", "init": "best.pth", "patch_size": 16, "layers": "5,11"}
+    assert settle(dict(given), pictures(800), initial)["layers"] == "5,11"
+    for option in ({"layers": "11"}, {"pyramid": "own"}, {"patch_size": 14}, {"backbone_weights": "none"}):
+        with pytest.raises(UserError, match="leave it out"):
+            settle(given | option, pictures(800), initial)

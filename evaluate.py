@@ -16,8 +16,9 @@ from pycocotools.cocoeval import COCOeval
 from torch.utils.data import DataLoader
 
 from checkpoint import load_detector
-from datasets import DetectionDataset, collate, load_splits
+from datasets import DetectionDataset, collate
 from errors import UserError, run
+from layouts import load_splits
 from transforms import eval_transforms
 
 NAMES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_1", "AR_10", "AR_100", "AR_small", "AR_medium", "AR_large")  # fmt: skip
@@ -93,7 +94,7 @@ def main():
     data = arguments.data or config.get("data")
     if data is None:
         raise UserError(f"{arguments.checkpoint} does not say what data it was trained with; give --data DIR")
-    _, split = load_splits(data, config.get("train_split"), arguments.val_split or config.get("val_split"))
+    _, split = load_splits(data, config.get("train_split"), arguments.val_split or config.get("val_split"), layout=config.get("layout"), val_fraction=config.get("val_fraction", 0.2))
     if split.classes != content["classes"]:
         raise UserError(f"the data's classes {split.classes[:5]} are not the checkpoint's {content['classes'][:5]}")
     data = DetectionDataset(split, eval_transforms(arguments.image_size or config["image_size"], config.get("square", False)))

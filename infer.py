@@ -19,8 +19,9 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as TF
 
 from checkpoint import load_detector
-from datasets import IMAGE_SUFFIXES, collate, read_image
+from datasets import collate, read_image
 from errors import UserError, run
+from layouts import IMAGE_SUFFIXES
 from plots import draw_boxes
 from transforms import eval_transforms
 

@@ -15,11 +15,13 @@ from backbones import PYRAMIDS, find_spec
 from detr_model import DETECTORS
 from ecdet_model import SIZES
 from errors import UserError
+from layouts import LAYOUTS
 
 DEFAULTS = dict(
     # data
     data=None,  # folder of a data set; None: the demo
-    train_split=None, val_split=None,  # which parts, where the folder has several
+    layout=None,  # see layouts.LAYOUTS; None: by looking
+    train_split=None, val_split=None, val_fraction=0.2,  # which parts, where the folder has several; of a single file's pictures
     image_size=None,  # shortest side in evaluation; training sides scale with it
     augment="zoom",  # see transforms.train_transforms
     color_jitter=0.0, rotate=0.0,  # strength in [0, 1]; degrees
@@ -85,7 +87,9 @@ def parse_arguments(description):
     """-> (settings given on the command line, run to resume or None)."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
     data = parser.add_argument_group("data")
-    data.add_argument("--data", metavar="DIR", help="a COCO or Pascal VOC data set (default: the demo, drawn into data/demo)")
+    data.add_argument("--data", metavar="DIR", help="a data set: COCO, Roboflow, Pascal VOC, YOLO (default: the demo, drawn into data/demo)")
+    data.add_argument("--layout", choices=LAYOUTS, help="how the data set is laid out (default: by looking, and said)")
+    data.add_argument("--val-fraction", type=float, metavar="X", help="share of the pictures to evaluate on, where a single file has them all (default 0.2)")
     data.add_argument("--train-split", metavar="NAME", help="its part to train on, e.g. trainval")
     data.add_argument("--val-split", metavar="NAME", help="its part to evaluate on, e.g. test")
     data.add_argument("--image-size", type=int, metavar="S", help="shortest side in evaluation; training draws S*0.6 .. S after its first passes, and longest sides are S*1.67 at most (default: chosen from the objects' sizes)")

@@ -29,11 +29,12 @@ from tqdm import tqdm
 import plots
 from backbones import parameter_depths
 from checkpoint import read_checkpoint, save_checkpoint, start_from
-from datasets import DetectionDataset, EndlessBatches, collate, load_splits
+from datasets import DetectionDataset, EndlessBatches, collate
 from demo_data import make_demo
 from detr_model import build_model
 from errors import UserError, run
 from evaluate import evaluate
+from layouts import load_splits
 from muon import Muon
 from settings import DEFAULTS, parse_arguments, settle
 from transforms import eval_transforms, train_transforms
@@ -210,7 +211,7 @@ def prepare_data(s):
     if data == "data/demo" and not Path(data).exists():
         print("drawing the demo into data/demo")
         make_demo(data)
-    splits = load_splits(data, s.get("train_split"), s.get("val_split"), s.get("skip_bad_images", False))
+    splits = load_splits(data, s.get("train_split"), s.get("val_split"), s.get("skip_bad_images", False), s.get("layout"), s.get("val_fraction", 0.2))
     for split in splits:
         boxes = sum(int((~record.ignored).sum()) for record in split.records)
         print(f"{split.name}: {len(split.records):,} pictures, {boxes:,} boxes, {len(split.classes)} classes")

@@ -10,10 +10,11 @@ from conftest import write_coco
 from PIL import Image
 from torchvision import tv_tensors
 
-from datasets import DetectionDataset, EndlessBatches, collate, load_splits, read_image
+from datasets import DetectionDataset, EndlessBatches, collate, read_image
 from demo_data import CLASSES, draw_picture, make_demo, overlap
 from errors import UserError
 from evaluate import coco_figures
+from layouts import load_splits
 from train import augmentation_phase
 from transforms import MEAN, STD, eval_transforms, mix_up, mosaic, train_transforms
 
@@ -148,7 +149,7 @@ def test_folders_that_are_no_data_set(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         load_splits(tmp_path / "nowhere")
     (tmp_path / "holiday.jpg").write_bytes(b"")
-    with pytest.raises(UserError, match="Looked for COCO .* Found: holiday.jpg"):
+    with pytest.raises(UserError, match="Looked for voc: .*yolo: data.yaml.* coco: annotations.* Found: holiday.jpg"):
         load_splits(tmp_path)
     root = write_coco(tmp_path / "x", {"train": 2, "val": 1})
     (root / "annotations/instances_train.json").write_text('{"images": [')

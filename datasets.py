@@ -1,10 +1,15 @@
 """Labelled pictures from disk to tensors: `DetectionDataset` turns a `Split` of layouts.py into what a detector trains on.
 
+    python datasets.py DIR          what a data set holds, what is suspicious about it, and a picture of samples
+
 A target has `boxes` (T, 4), `labels` (T,) in 0..K-1 in the order of `classes`, `area`, `iscrowd`, `image_id`, `orig_size` and `size` (height, width).
 Category ids of any kind stay in `category_ids`, for results files.
 """
 
+import argparse
+import hashlib
 import itertools
+from collections import Counter, defaultdict
 
 import numpy as np
 import torch
@@ -12,6 +17,9 @@ from PIL import Image, ImageOps
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as TF
 
+import plots
+from errors import UserError, run
+from layouts import LAYOUTS, load_splits
 from transforms import mix_up, mosaic
 
 
@@ -127,3 +135,93 @@ def collate(batch, divisor=32):
         row[:, : image.shape[1], : image.shape[2]] = image
         row_mask[: image.shape[1], : image.shape[2]] = False
     return padded, mask, list(targets)
+
+
+def describe(split):
+    """Lines that tell what a Split holds."""
+    records = split.records
+    boxes = np.concatenate([r.boxes for r in records])
+    labels = np.concatenate([r.labels for r in records])
+    areas, sides = np.concatenate([r.areas for r in records]), np.sqrt(np.prod(boxes[:, 2:] - boxes[:, :2], axis=1))
+    spread = lambda values, form="{:.0f}": " / ".join(form.format(v) for v in np.quantile(values, [0, 0.5, 1])) if len(values) else "-"
+    sizes = Counter((r.width, r.height) for r in records)
+    lines = [f"{split.name}: {len(records):,} pictures, {len(boxes):,} boxes, {len(split.classes)} classes"]
+    lines += [f"  {remark}" for remark in split.remarks]
+    lines.append("  sizes: " + ", ".join(f"{w}x{h} ({n})" for (w, h), n in sizes.most_common(4)) + (f", {len(sizes) - 4} others" if len(sizes) > 4 else ""))
+    lines.append(f"  boxes in a picture, least / median / most: {spread([len(r.boxes) for r in records])}")
+    share = lambda low, high: f"{((areas >= low) & (areas < high)).mean() if len(areas) else 0:.0%}"
+    lines.append(f"  small, medium, large (under 32, under 96, from 96 pixels squared): {share(0, 32**2)}, {share(32**2, 96**2)}, {share(96**2, np.inf)}")
+    lines.append(f"  {'class':24s} {'boxes':>8s} {'pictures':>8s}  side in pixels, least / median / most")
+    for label, name in enumerate(split.classes):
+        mine = labels == label
+        lines.append(f"  {name[:24]:24s} {mine.sum():8,d} {sum(label in r.labels for r in records):8,d}  {spread(sides[mine])}")
+    return lines
+
+
+def suspicions(train, val):
+    """What may be wrong with a data set, a line each."""
+    lines, homes = [], defaultdict(list)
+    for split in (train, val):
+        for record in split.records:
+            homes[hashlib.sha256(record.path.read_bytes()).digest()].append((split.name, record.path))
+    named = lambda paths: ", ".join(str(path) for path in paths[:3]) + (", ..." if len(paths) > 3 else "")
+    twice = [places for places in homes.values() if len(places) > 1]
+    leaked = [next(path for name, path in places if name == val.name) for places in twice if len({name for name, _ in places}) == 2]
+    if leaked:
+        lines.append(f"{len(leaked)} pictures of {val.name} are in {train.name} too, byte by byte: the figures will be too good ({named(leaked)})")
+    again = [path for places in twice for split in (train, val) for name, path in [p for p in places if p[0] == split.name][1:]]
+    if again:
+        lines.append(f"{len(again)} pictures are there more than once in their part ({named(again)})")
+    counts = [Counter(int(label) for r in split.records for label in r.labels) for split in (train, val)]
+    unseen = [name for label, name in enumerate(train.classes) if counts[1][label] and not counts[0][label]]
+    if unseen:
+        lines.append(f"classes of {val.name} that {train.name} has no box of: {', '.join(unseen)}")
+    rare = [f"{name} ({counts[0][label]})" for label, name in enumerate(train.classes) if 0 < counts[0][label] < 10]
+    if rare:
+        lines.append(f"classes with fewer than ten boxes in {train.name}: {', '.join(rare)}")
+    unused = [name for label, name in enumerate(train.classes) if not counts[0][label] and not counts[1][label]]
+    if unused:
+        lines.append(f"classes without any box: {', '.join(unused)}")
+    thin, doubled, whole = [], [], []
+    for record in (*train.records, *val.records):
+        sides = record.boxes[:, 2:] - record.boxes[:, :2]
+        thin += [record.path] * int((sides.min(1) <= 1).sum()) if len(sides) else []
+        doubled += [record.path] * (len(sides) - len({(*box, label) for box, label in zip(record.boxes.tolist(), record.labels.tolist())}))
+        whole += [record.path] * int((sides.prod(1) >= 0.98 * record.width * record.height).sum())
+    for paths, what in ((thin, "boxes are one pixel wide or high, or less"), (doubled, "boxes are there twice, with the same class"), (whole, "boxes are as large as their picture")):
+        if paths:
+            lines.append(f"{len(paths)} {what} ({named(list(dict.fromkeys(paths)))})")
+    return lines
+
+
+def draw_sheet(split, count=12):
+    """Pictures from all over a split with their boxes -> PIL image."""
+    chosen = [split.records[i] for i in np.linspace(0, len(split.records) - 1, min(count, len(split.records))).astype(int)]
+    return plots.tile([plots.draw_boxes(read_image(r.path, r.upright), r.boxes, r.labels, split.classes) for r in chosen], 4)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", metavar="DIR")
+    parser.add_argument("--layout", choices=LAYOUTS, help="default: by looking")
+    parser.add_argument("--train-split", metavar="NAME")
+    parser.add_argument("--val-split", metavar="NAME")
+    parser.add_argument("--skip-bad-images", action="store_true", help="leave out pictures that can't be read")
+    parser.add_argument("--out", default="samples.png", metavar="FILE", help="default: samples.png")
+    arguments = parser.parse_args()
+    train, val = load_splits(arguments.data, arguments.train_split, arguments.val_split, arguments.skip_bad_images, arguments.layout)
+    for line in [*describe(train), *describe(val)]:
+        print(line)
+    found = suspicions(train, val)
+    print("suspicious: " + ("nothing" if not found else ""))
+    for line in found:
+        print(f"  {line}")
+    try:
+        draw_sheet(train).save(arguments.out)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{arguments.out}: can't be written ({error})") from None
+    print(f"samples of {train.name} are in {arguments.out}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -9,7 +9,8 @@ import pytest
 from conftest import write_coco
 from PIL import Image
 
-from datasets import DetectionDataset
+import datasets
+from datasets import DetectionDataset, suspicions
 from errors import UserError
 from layouts import load_splits
 
@@ -224,3 +225,35 @@ def test_pictures_of_the_same_name_keep_apart(made, tmp_path):
         (kit / "ImageSets" / "Main" / "train.txt").write_text(text)
     records = load_splits(tmp_path)[0].records
     assert len({r.image_id for r in records}) == len(records) == 7
+
+
+def test_what_is_suspicious_is_said(made, tmp_path, monkeypatch, capsys):
+    """Leaks, doubles, unseen and rare classes, thin, doubled and whole-picture boxes: each is found, and nothing else."""
+    to_coco(tmp_path, *made)
+    clean = suspicions(*load_splits(tmp_path))
+    assert [line.split(":")[0] for line in clean] == ["classes with fewer than ten boxes in train2017"]
+    shutil.copy(tmp_path / "train2017" / "001.png", tmp_path / "val2017" / "v001.png")
+    shutil.copy(tmp_path / "train2017" / "002.png", tmp_path / "train2017" / "003.png")
+    for name in ("train2017", "val2017"):
+        path = tmp_path / "annotations" / f"instances_{name}.json"
+        data = json.loads(path.read_text())
+        data["categories"] += [{"id": 8, "name": "new"}, {"id": 9, "name": "never"}]
+        if name == "val2017":
+            data["annotations"][0]["category_id"] = 8
+        else:
+            boxes = data["annotations"]
+            boxes[0]["bbox"] = [5, 5, 1, 20]
+            boxes[2]["bbox"], boxes[2]["category_id"] = boxes[3]["bbox"], boxes[3]["category_id"]
+            boxes[4]["bbox"] = [0, 0, 64, 48]
+        path.write_text(json.dumps(data))
+    found = suspicions(*load_splits(tmp_path))
+    wanted = ["1 pictures of val2017 are in train2017 too", "1 pictures are there more than once in their part", "classes of val2017 that train2017 has no box of: new",
+              "classes with fewer than ten boxes", "classes without any box: never", "1 boxes are one pixel wide", "1 boxes are there twice", "1 boxes are as large"]  # fmt: skip
+    assert len(found) == len(wanted) and all(line.startswith(start) for line, start in zip(found, wanted)), found
+    assert "v001.png" in found[0] and "000.png" in found[5]
+    capsys.readouterr()
+    monkeypatch.setattr("sys.argv", ["datasets.py", str(tmp_path), "--out", str(tmp_path / "samples.png")])
+    datasets.main()
+    said = capsys.readouterr().out
+    assert "train2017: 7 pictures, 14 boxes, 4 classes" in said and "sizes: 64x48 (7)" in said and found[0] in said
+    assert Image.open(tmp_path / "samples.png").width > 4 * 480

@@ -1,11 +1,13 @@
 """One file that is enough by itself: weights, settings, class names, preprocessing; in `last.pth`, all that a run goes on from."""
 
+import json
 import os
 import re
 from pathlib import Path
 
+import huggingface_hub
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from detr_model import build_model
 from ecvit import fold
@@ -38,7 +40,9 @@ def read_checkpoint(path):
     Raises UserError."""
     given, path = path, Path(path)
     if not path.exists():
-        path = fetch_released(given) or path
+        path = fetch_released(given) or fetch_folder(given) or path
+    if path.is_dir() and is_ours(path):
+        return read_folder(path)
     if path.is_dir():
         path = path / "model.safetensors"
     if not path.is_file():
@@ -55,6 +59,61 @@ def read_checkpoint(path):
     if weights is None:
         raise UserError(f"{path}: not a checkpoint of train.py, nor a released ECDet (a backbone's weights go to --backbone-weights)")
     return released_checkpoint(weights, path)
+
+
+# A Hugging Face folder: model.safetensors, config.json with all else, and a model card
+
+
+def write_folder(content, folder):
+    """Writes a checkpoint's dictionary as a folder that `read_checkpoint` and the Hugging Face hub take. Raises UserError."""
+    folder = Path(folder)
+    rest = {"format": FORMAT} | {key: content[key] for key in ("config", "classes", "category_ids", "figures") if key in content}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({key: value.contiguous() for key, value in content["model"].items()}, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(rest, indent=1))
+        (folder / "README.md").write_text(model_card(content))
+    except OSError as error:
+        raise UserError(f"{folder}: can't be written ({error.strerror or error})") from None
+
+
+def model_card(content):
+    config, figures = content["config"], content.get("figures", {})
+    rows = "".join(f"| {name} | {value:.3f} |\n" for name, value in figures.items() if value >= 0)
+    table = f"\nMeasured while it was trained:\n\n| figure | value |\n|---|---|\n{rows}" if rows else ""
+    return (
+        f"---\nlibrary_name: pytorch\npipeline_tag: object-detection\n---\n\n# {config['detector']} on {config['backbone']}\n\n"
+        f"Detects {len(content['classes'])} classes: {', '.join(content['classes'])}. Pictures are resized to {config['image_size']} pixels.\n{table}\n"
+        "```python\nfrom detector import load\n\ndetector = load(\"this folder, or USER/NAME\")\nfound = detector(\"photo.jpg\")\n```\n"
+    )
+
+
+def is_ours(folder):
+    try:
+        return "classes" in json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+
+
+def read_folder(folder):
+    """-> a checkpoint's dictionary."""
+    rest = json.loads((folder / "config.json").read_text())
+    if rest.get("format", 0) > FORMAT:
+        raise UserError(f"{folder}: written by a newer version (format {rest['format']}, this one reads {FORMAT})")
+    try:
+        return rest | {"model": load_file(folder / "model.safetensors")}
+    except Exception as error:  # safetensors raises kinds of its own
+        raise UserError(f"{folder}: model.safetensors is missing or broken ({first_line(error)[:200]})") from None
+
+
+def fetch_folder(name):
+    """USER/NAME on the hub -> the folder it was downloaded to, or None where the name can't be one."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or Path(str(name)).suffix or Path(str(name)).parent.is_dir():
+        return None
+    try:
+        return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=["model.safetensors", "config.json"]))
+    except Exception as error:  # the hub's client raises many kinds
+        raise UserError(f"{name}: no such file or folder here, and not to be had from the hub ({first_line(error)[:200]})") from None
 
 
 def load_detector(path, device="cpu"):

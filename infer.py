@@ -14,16 +14,11 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import torch
-from torchvision import tv_tensors
-from torchvision.transforms.v2 import functional as TF
-
-from checkpoint import load_detector
-from datasets import collate, read_image
+from datasets import read_image
+from detector import load
 from errors import UserError, run
 from layouts import IMAGE_SUFFIXES
 from plots import draw_boxes
-from transforms import eval_transforms
 
 
 def find_pictures(arguments):
@@ -54,20 +49,6 @@ def newest_checkpoint():
     return found[-1]
 
 
-@torch.no_grad()
-def detect(model, postprocess, transform, image):
-    """A PIL image -> {"scores" (D,), "labels" (D,), "boxes" (D, 4) xyxy pixels} on the CPU, best first."""
-    device = next(model.parameters()).device
-    pixels = tv_tensors.Image(TF.pil_to_tensor(image))
-    boxes = tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=(image.height, image.width))
-    none = torch.zeros(0, dtype=torch.long)
-    sample = transform(pixels, {"boxes": boxes, "labels": none, "area": none, "iscrowd": none}, 0.0)
-    images, mask, _ = collate([sample], model.backbone.size_divisor)
-    outputs = model(images.to(device, memory_format=torch.channels_last), mask.to(device))
-    detections = postprocess(outputs, torch.tensor([[image.height, image.width]], device=device))[0]
-    return {key: value.cpu() for key, value in detections.items()}
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pictures", nargs="+", metavar="PATH", help="pictures, folders or patterns")
@@ -79,17 +60,14 @@ def main():
 
     paths = find_pictures(arguments.pictures)
     checkpoint = Path(arguments.checkpoint) if arguments.checkpoint else newest_checkpoint()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, postprocess, content = load_detector(checkpoint, device)
-    classes, category_ids = content["classes"], content["category_ids"]
-    config = content["config"]
-    transform = eval_transforms(arguments.image_size or config["image_size"], config.get("square", False))
+    detector = load(checkpoint, image_size=arguments.image_size, threshold=arguments.threshold)
+    classes, category_ids = detector.classes, detector.category_ids
     out = Path(arguments.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out}: can't be made ({error.strerror}); choose another --out") from None
-    print(f"{checkpoint}: {len(classes)} classes; {len(paths)} pictures; {device.type}")
+    print(f"{checkpoint}: {len(classes)} classes; {len(paths)} pictures; {detector.device.type}")
 
     results, failed, seconds, names = [], [], 0.0, Counter()
     for path in paths:
@@ -99,10 +77,9 @@ def main():
             failed.append(f"{path}: {error}")
             continue
         started = time.time()
-        found = detect(model, postprocess, transform, image)
+        found = detector(image)
         seconds += time.time() - started
-        found = {key: value[found["scores"] >= arguments.threshold] for key, value in found.items()}
-        counts = Counter(classes[label] for label in found["labels"])
+        counts = Counter(found["names"])
         print(f"  {path.name:30s} {', '.join(f'{n} {name}' for name, n in counts.most_common()) or 'nothing'}")
         for score, label, (x1, y1, x2, y2) in zip(found["scores"].tolist(), found["labels"].tolist(), found["boxes"].tolist()):
             results.append({

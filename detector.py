@@ -1,0 +1,114 @@
+"""A trained detector from Python.
+
+    from detector import load
+    detector = load("runs/demo/best.pth")            # a file of train.py, a released ECDet, a Hugging Face folder or repository
+    found = detector("photo.jpg")                    # {"scores" (D,), "labels" (D,), "boxes" (D, 4) xyxy pixels, "names": [...]}
+    found = detector([image, array, "more.png"])     # a list for a list: paths, PIL images, arrays (H, W, 3) uint8 RGB
+    detector.save("folder")                          # model.safetensors, config.json and a model card
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as TF
+
+from checkpoint import load_detector, write_folder
+from datasets import collate, read_image
+from errors import UserError
+from transforms import eval_transforms
+
+
+def load(source, device=None, image_size=None, threshold=0.4):
+    """source: see checkpoint.read_checkpoint; image_size: shortest side (default: that of the training); threshold: lowest score that
+    is given -> Detector. Raises UserError."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model, postprocess, content = load_detector(source, device)
+    return Detector(model, postprocess, content, device, image_size, threshold)
+
+
+class Detector:
+    """`classes` and `category_ids` say what labels mean; called with a picture or a list of them."""
+
+    def __init__(self, model, postprocess, content, device, image_size=None, threshold=0.4):
+        self.model, self.postprocess, self.content, self.device, self.threshold = model, postprocess, content, device, threshold
+        self.classes, self.category_ids = content["classes"], content["category_ids"]
+        config = content["config"]
+        self.transform = eval_transforms(image_size or config["image_size"], config.get("square", False))
+
+    def __call__(self, pictures, threshold=None, batch_size=8):
+        """A path, PIL image or array -> {"scores", "labels", "boxes", "names"}, best first, on the CPU; a list of them -> a list.
+
+        Raises UserError where a picture can't be read or is of no kind that is known.
+        """
+        if not isinstance(pictures, (list, tuple)):
+            return self([pictures], threshold)[0]
+        found = []
+        for start in range(0, len(pictures), batch_size):
+            found += self.detect([to_image(picture) for picture in pictures[start : start + batch_size]])
+        return [self.above(detections, self.threshold if threshold is None else threshold) for detections in found]
+
+    @torch.no_grad()
+    def detect(self, images):
+        """PIL images -> [{"scores", "labels", "boxes"}] with everything that the network finds, on the CPU."""
+        images_, mask, _ = collate([self.transform(*unlabelled(image), 0.0) for image in images], self.model.backbone.size_divisor)
+        outputs = self.model(images_.to(self.device, memory_format=torch.channels_last), mask.to(self.device))
+        sizes = torch.tensor([[image.height, image.width] for image in images], device=self.device)
+        return [{key: value.cpu() for key, value in detections.items()} for detections in self.postprocess(outputs, sizes)]
+
+    def above(self, detections, threshold):
+        sure = {key: value[detections["scores"] >= threshold] for key, value in detections.items()}
+        return sure | {"names": [self.classes[label] for label in sure["labels"]]}
+
+    def save(self, folder):
+        """Writes model.safetensors, config.json and README.md, the model card: what `load` and the Hugging Face hub take."""
+        write_folder(self.content, folder)
+
+    def push(self, repository, **options):
+        """Uploads the same to a repository of the Hugging Face hub, USER/NAME, made if it is not there; options: of upload_folder."""
+        import tempfile
+
+        import huggingface_hub
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(folder)
+            api = huggingface_hub.HfApi()
+            api.create_repo(repository, exist_ok=True)
+            return api.upload_folder(repo_id=repository, folder_path=folder, **options)
+
+
+def to_supervision(found):
+    """What a Detector gives for a picture -> supervision.Detections. Raises UserError where supervision is not installed."""
+    try:
+        import supervision
+    except ImportError:
+        raise UserError("supervision is not installed; pip install supervision") from None
+    return supervision.Detections(
+        xyxy=found["boxes"].numpy(), confidence=found["scores"].numpy(), class_id=found["labels"].numpy(), data={"class_name": np.array(found["names"], dtype=str)},
+    )  # fmt: skip
+
+
+def unlabelled(image):
+    """A PIL image -> image and target without boxes, as transforms take them."""
+    boxes = tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=(image.height, image.width))
+    none = torch.zeros(0, dtype=torch.long)
+    return tv_tensors.Image(TF.pil_to_tensor(image)), {"boxes": boxes, "labels": none, "area": none, "iscrowd": none}
+
+
+def to_image(picture):
+    """A path, PIL image or array (H, W, 3) or (H, W) uint8 -> RGB PIL image."""
+    if isinstance(picture, Image.Image):
+        return picture.convert("RGB")
+    if isinstance(picture, (str, Path)):
+        try:
+            return read_image(picture)
+        except Exception as error:  # PIL raises many kinds on broken files
+            raise UserError(f"{picture}: can't be read ({error})") from None
+    if isinstance(picture, torch.Tensor):
+        picture = picture.cpu().numpy()
+    if isinstance(picture, np.ndarray) and picture.dtype == np.uint8 and (picture.ndim == 2 or (picture.ndim == 3 and picture.shape[2] == 3)):
+        return Image.fromarray(picture).convert("RGB")
+    kind = f"{picture.dtype} of shape {picture.shape}" if isinstance(picture, np.ndarray) else type(picture).__name__
+    raise UserError(f"a picture is a path, a PIL image or an array (H, W, 3) of uint8, not {kind}")

@@ -1,0 +1,131 @@
+"""A detector from Python, and as a folder for the hub."""
+
+import json
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import detector as module
+from checkpoint import read_checkpoint, save_checkpoint
+from detector import load, to_supervision
+from detr_model import build_model
+from errors import UserError
+from settings import DEFAULTS
+
+CLASSES = ["cat", "dog", "emu"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    torch.manual_seed(0)
+    config = DEFAULTS | dict(detector="detr", backbone="ecvit-nano", backbone_weights="none", num_classes=3, num_queries=10, hidden_dim=32, num_heads=2, ffn_dim=32, decoder_layers=1, image_size=64)
+    path = tmp_path_factory.mktemp("run") / "best.pth"
+    model = build_model(config)[0]
+    torch.nn.init.normal_(model.class_heads[0].weight, std=0.5)
+    save_checkpoint(path, {"model": model.state_dict(), "config": config, "classes": CLASSES, "category_ids": [3, 5, 90], "figures": {"AP": 0.5, "AP_small": -1.0}})
+    return path
+
+
+def photo(size=(90, 70)):
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8))
+
+
+def same(a, b, atol=0.0):
+    assert a["names"] == b["names"] and torch.equal(a["labels"], b["labels"])
+    assert torch.allclose(a["scores"], b["scores"], atol=atol) and torch.allclose(a["boxes"], b["boxes"], atol=100 * atol)
+
+
+def test_a_path_an_image_and_an_array_are_the_same_picture(checkpoint, tmp_path):
+    detector, image = load(checkpoint, threshold=0.0), photo()
+    image.save(tmp_path / "photo.png")
+    found = detector(str(tmp_path / "photo.png"))
+    assert len(found["scores"]) == 30 and found["boxes"].shape == (30, 4) and (found["scores"].diff() <= 0).all()
+    assert found["names"] == [CLASSES[label] for label in found["labels"]]
+    assert (found["boxes"] >= 0).all() and (found["boxes"] <= torch.tensor([90, 70, 90, 70])).all()
+    for other in (tmp_path / "photo.png", image, np.asarray(image), torch.from_numpy(np.array(image))):
+        same(detector(other), found)
+    middle = float(found["scores"][10])
+    assert len(detector(image, threshold=middle)["scores"]) == 11 and len(load(checkpoint, threshold=middle)(image)["names"]) == 11
+
+
+def test_a_list_gives_a_list_in_its_order(checkpoint):
+    detector = load(checkpoint, threshold=0.0)
+    pictures = [photo(), photo((64, 64)), photo((120, 50))]
+    for alone, among in zip(map(detector, pictures), detector(pictures, batch_size=2)):
+        assert torch.allclose(alone["scores"], among["scores"], atol=0.05)  # padding is seen by the 3x3 convolutions at its border
+    assert detector([]) == []
+
+
+def test_what_is_no_picture_is_refused(checkpoint, tmp_path):
+    detector = load(checkpoint)
+    (tmp_path / "broken.jpg").write_text("no picture")
+    for wrong, message in (("nowhere.jpg", "nowhere.jpg: can't be read"), (tmp_path / "broken.jpg", "broken.jpg: can't be read"),
+                           (np.zeros((4, 4, 3)), "float64 of shape"), (np.zeros((3, 4, 4), np.uint8), r"uint8 of shape \(3, 4, 4\)"), (7, "not int")):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            detector(wrong)
+
+
+def test_a_folder_of_the_hub_gives_the_same_detections(checkpoint, tmp_path, monkeypatch):
+    detector, image = load(checkpoint, threshold=0.0), photo()
+    detector.save(tmp_path / "mine")
+    assert {p.name for p in (tmp_path / "mine").iterdir()} == {"model.safetensors", "config.json", "README.md"}
+    same(load(tmp_path / "mine", threshold=0.0)(image), detector(image))
+    again = read_checkpoint(tmp_path / "mine")
+    original = read_checkpoint(checkpoint)
+    assert again["classes"] == original["classes"] and again["config"] == original["config"] and again["category_ids"] == [3, 5, 90]
+    assert all(torch.equal(again["model"][key], value) for key, value in original["model"].items())
+    card = (tmp_path / "mine" / "README.md").read_text()
+    assert "| AP | 0.500 |" in card and "AP_small" not in card and "cat, dog, emu" in card and "pipeline_tag: object-detection" in card
+
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: asked.append(name) or str(tmp_path / "mine"))
+    same(load("someone/cats", threshold=0.0)(image), detector(image))
+    assert asked == ["someone/cats"]
+    (tmp_path / "mine" / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(UserError, match="model.safetensors is missing or broken"):
+        load(tmp_path / "mine")
+    config = json.loads((tmp_path / "mine" / "config.json").read_text())
+    (tmp_path / "mine" / "config.json").write_text(json.dumps(config | {"format": 99}))
+    with pytest.raises(UserError, match="newer version"):
+        load(tmp_path / "mine")
+
+
+def test_a_repository_that_can_not_be_had(monkeypatch):
+    def offline(*args, **options):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(UserError, match="someone/cats: no such file or folder here, and not to be had from the hub .*no network"):
+        load("someone/cats")
+
+
+def test_pushing_uploads_what_save_writes(checkpoint, monkeypatch):
+    calls = []
+
+    class Api:
+        def create_repo(self, name, **options):
+            calls.append((name, options))
+
+        def upload_folder(self, repo_id, folder_path, **options):
+            calls.append((repo_id, sorted(p.name for p in module.Path(folder_path).iterdir()), options))
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    load(checkpoint).push("me/cats", commit_message="first")
+    assert calls == [("me/cats", {"exist_ok": True}), ("me/cats", ["README.md", "config.json", "model.safetensors"], {"commit_message": "first"})]
+
+
+def test_supervision_where_it_is_installed(checkpoint, monkeypatch):
+    class Detections:
+        def __init__(self, **fields):
+            self.__dict__ |= fields
+
+    found = load(checkpoint, threshold=0.0)(photo())
+    monkeypatch.setitem(__import__("sys").modules, "supervision", None)
+    with pytest.raises(UserError, match="pip install supervision"):
+        to_supervision(found)
+    monkeypatch.setitem(__import__("sys").modules, "supervision", type("fake", (), {"Detections": Detections}))
+    given = to_supervision(found)
+    assert given.xyxy.shape == (30, 4) and given.class_id.dtype == np.int64 and list(given.data["class_name"]) == found["names"]

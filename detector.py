@@ -18,24 +18,26 @@ from torchvision.transforms.v2 import functional as TF
 from checkpoint import load_detector, write_folder
 from datasets import collate, read_image
 from errors import UserError
+from tiles import detect_in_tiles
 from transforms import eval_transforms
 
 
-def load(source, device=None, image_size=None, threshold=0.4):
+def load(source, device=None, image_size=None, threshold=0.4, tile=None):
     """source: see checkpoint.read_checkpoint; image_size: shortest side (default: that of the training); threshold: lowest score that
-    is given -> Detector. Raises UserError."""
+    is given; tile: larger pictures are cut into tiles of that many pixels, 0 for image_size -> Detector. Raises UserError."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model, postprocess, content = load_detector(source, device)
-    return Detector(model, postprocess, content, device, image_size, threshold)
+    return Detector(model, postprocess, content, device, image_size, threshold, tile)
 
 
 class Detector:
     """`classes` and `category_ids` say what labels mean; called with a picture or a list of them."""
 
-    def __init__(self, model, postprocess, content, device, image_size=None, threshold=0.4):
+    def __init__(self, model, postprocess, content, device, image_size=None, threshold=0.4, tile=None):
         self.model, self.postprocess, self.content, self.device, self.threshold = model, postprocess, content, device, threshold
         self.classes, self.category_ids = content["classes"], content["category_ids"]
         config = content["config"]
+        self.tile = (image_size or config["image_size"]) if tile == 0 else tile
         self.transform = eval_transforms(image_size or config["image_size"], config.get("square", False))
 
     def __call__(self, pictures, threshold=None, batch_size=8):
@@ -45,10 +47,16 @@ class Detector:
         """
         if not isinstance(pictures, (list, tuple)):
             return self([pictures], threshold)[0]
-        found = []
+        found, least = [], self.threshold if threshold is None else threshold
         for start in range(0, len(pictures), batch_size):
-            found += self.detect([to_image(picture) for picture in pictures[start : start + batch_size]])
-        return [self.above(detections, self.threshold if threshold is None else threshold) for detections in found]
+            images = [to_image(picture) for picture in pictures[start : start + batch_size]]
+            if self.tile is None:
+                found += self.detect(images)
+            else:  # what is below the threshold in its tile is not worth merging
+                sure = lambda images: [self.above(detections, least) for detections in self.detect(images)]
+                found += [detect_in_tiles(sure, image, self.tile) for image in images]
+        found = [self.above(detections, least) for detections in found]
+        return [detections | {"names": [self.classes[label] for label in detections["labels"]]} for detections in found]
 
     @torch.no_grad()
     def detect(self, images):
@@ -59,8 +67,7 @@ class Detector:
         return [{key: value.cpu() for key, value in detections.items()} for detections in self.postprocess(outputs, sizes)]
 
     def above(self, detections, threshold):
-        sure = {key: value[detections["scores"] >= threshold] for key, value in detections.items()}
-        return sure | {"names": [self.classes[label] for label in sure["labels"]]}
+        return {key: value[detections["scores"] >= threshold] for key, value in detections.items()}
 
     def save(self, folder):
         """Writes model.safetensors, config.json and README.md, the model card: what `load` and the Hugging Face hub take."""

@@ -1,10 +1,12 @@
-"""Detects objects in pictures with a checkpoint of train.py, or with a released ECDet.
+"""Detects objects in pictures and videos with a checkpoint of train.py, or with a released ECDet.
 
     python infer.py picture.jpg                          with the newest run in runs/
     python infer.py picture.jpg --checkpoint ecdet_s.pth COCO's 80 classes
     python infer.py folder/ 'more/*.png' --checkpoint runs/mine/best.pth --threshold 0.3
+    python infer.py clip.mp4                             frame by frame; a number is a camera, Ctrl-C ends it
+    python infer.py large.jpg --tile 640                 in overlapping tiles of 640 pixels
 
-Writes the pictures with their boxes and detections.json (COCO's results form) into --out.
+Writes the pictures and videos with their boxes and detections.json (COCO's results form) into --out.
 """
 
 import argparse
@@ -19,6 +21,7 @@ from detector import load
 from errors import UserError, run
 from layouts import IMAGE_SUFFIXES
 from plots import draw_boxes
+from video import VIDEO_SUFFIXES, detect_in_video
 
 
 def find_pictures(arguments):
@@ -27,11 +30,11 @@ def find_pictures(arguments):
     for argument in arguments:
         path = Path(argument)
         if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES)
             if not inside:
-                raise UserError(f"{path}: no pictures in this folder ({', '.join(sorted(IMAGE_SUFFIXES))})")
+                raise UserError(f"{path}: no pictures or videos in this folder ({', '.join(sorted(IMAGE_SUFFIXES))})")
             paths += inside
-        elif path.is_file():
+        elif path.is_file() or argument.isdigit():
             paths.append(path)
         else:
             matches = sorted(Path(p) for p in glob.glob(argument, recursive=True))
@@ -51,26 +54,36 @@ def newest_checkpoint():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pictures", nargs="+", metavar="PATH", help="pictures, folders or patterns")
-    parser.add_argument("--checkpoint", metavar="FILE", help="of a run, or a released ECDet: a file, a folder, Intellindust/ECDet_S (default: the newest runs/*/best.pth)")
+    parser.add_argument("pictures", nargs="+", metavar="PATH", help="pictures, videos, folders or patterns; a number is a camera")
+    parser.add_argument("--checkpoint", metavar="FILE", help="of a run, or a released ECDet: a file, a folder, a repository of the hub as Intellindust/ECDet_S (default: the newest runs/*/best.pth)")
     parser.add_argument("--threshold", type=float, default=0.4, metavar="T", help="lowest score that is shown (default 0.4)")
     parser.add_argument("--image-size", type=int, metavar="S", help="shortest side, or both (default: that of the training)")
+    parser.add_argument("--tile", type=int, nargs="?", const=0, metavar="S", help="cut pictures larger than S pixels into overlapping tiles of S (default S: the image size)")
     parser.add_argument("--out", default="detections", metavar="DIR", help="default: detections")
     arguments = parser.parse_args()
+    if arguments.tile is not None and arguments.tile < 0:
+        raise UserError(f"--tile has to be more than 0, not {arguments.tile}")
 
     paths = find_pictures(arguments.pictures)
-    checkpoint = Path(arguments.checkpoint) if arguments.checkpoint else newest_checkpoint()
-    detector = load(checkpoint, image_size=arguments.image_size, threshold=arguments.threshold)
-    classes, category_ids = detector.classes, detector.category_ids
+    checkpoint = arguments.checkpoint or newest_checkpoint()
+    detector = load(checkpoint, image_size=arguments.image_size, threshold=arguments.threshold, tile=arguments.tile)
     out = Path(arguments.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out}: can't be made ({error.strerror}); choose another --out") from None
-    print(f"{checkpoint}: {len(classes)} classes; {len(paths)} pictures; {detector.device.type}")
+    print(f"{checkpoint}: {len(detector.classes)} classes; {len(paths)} files; {detector.device.type}")
 
-    results, failed, seconds, names = [], [], 0.0, Counter()
+    results, failed, seconds, done, names = [], [], 0.0, 0, Counter()
     for path in paths:
+        names[path.stem] += 1
+        name = path.stem if names[path.stem] == 1 else f"{path.stem}-{names[path.stem]}"
+        if is_video(path):
+            try:
+                results += video_rows(path, out / f"{name}.mp4", detector)
+            except UserError as error:
+                failed.append(str(error))
+            continue
         try:
             image = read_image(path)
         except Exception as error:  # PIL raises many kinds on broken files
@@ -79,21 +92,39 @@ def main():
         started = time.time()
         found = detector(image)
         seconds += time.time() - started
+        done += 1
         counts = Counter(found["names"])
-        print(f"  {path.name:30s} {', '.join(f'{n} {name}' for name, n in counts.most_common()) or 'nothing'}")
-        for score, label, (x1, y1, x2, y2) in zip(found["scores"].tolist(), found["labels"].tolist(), found["boxes"].tolist()):
-            results.append({
-                "image_id": path.stem, "file_name": str(path), "category_id": category_ids[label], "category": classes[label],
-                "bbox": [round(v, 2) for v in (x1, y1, x2 - x1, y2 - y1)], "score": round(score, 4),
-            })  # fmt: skip
-        names[path.stem] += 1
-        name = path.stem if names[path.stem] == 1 else f"{path.stem}-{names[path.stem]}"
-        draw_boxes(image, found["boxes"], found["labels"], classes, found["scores"]).save(out / f"{name}.jpg", quality=92)
+        print(f"  {path.name:30s} {', '.join(f'{n} {kind}' for kind, n in counts.most_common()) or 'nothing'}")
+        results += rows_of(found, detector, {"image_id": path.stem, "file_name": str(path)})
+        draw_boxes(image, found["boxes"], found["labels"], detector.classes, found["scores"]).save(out / f"{name}.jpg", quality=92)
     (out / "detections.json").write_text(json.dumps(results, indent=1))
-    done = len(paths) - len(failed)
-    print(f"{len(results)} detections in {done} pictures, {done / max(seconds, 1e-9):.1f} pictures/s; written to {out}/")
+    speed = f", {done / max(seconds, 1e-9):.1f} pictures/s" if done else ""
+    print(f"{len(results)} detections in {done} pictures{speed}; written to {out}/")
     if failed:
-        raise UserError(f"{len(failed)} of {len(paths)} pictures can't be read: {'; '.join(failed[:10])}")
+        raise UserError(f"{len(failed)} of {len(paths)} files can't be read: {'; '.join(failed[:10])}")
+
+
+def is_video(path):
+    return path.suffix.lower() in VIDEO_SUFFIXES or str(path).isdigit()
+
+
+def rows_of(found, detector, where):
+    """Detections in COCO's results form, one row each, with the keys of `where` before it."""
+    return [
+        where | {
+            "category_id": detector.category_ids[label], "category": detector.classes[label],
+            "bbox": [round(v, 2) for v in (x1, y1, x2 - x1, y2 - y1)], "score": round(score, 4),
+        }
+        for score, label, (x1, y1, x2, y2) in zip(found["scores"].tolist(), found["labels"].tolist(), found["boxes"].tolist())
+    ]  # fmt: skip
+
+
+def video_rows(path, out, detector):
+    """Writes a video with its boxes; prints how fast each part was -> rows as `rows_of`, by frame."""
+    frames, seconds, trouble = detect_in_video(str(path), detector, out)
+    speeds = ", ".join(f"{part} {len(frames) / max(passed, 1e-9):.1f}" for part, passed in seconds.items())
+    print(f"  {path.name:30s} {len(frames)} frames; frames/s: {speeds}, all {len(frames) / sum(seconds.values()):.1f}" + (f"; {trouble}" if trouble else ""))
+    return [row for frame in frames for row in rows_of(frame, detector, {"image_id": path.stem, "file_name": str(path), "frame": frame["frame"], "time": round(frame["time"], 4)})]
 
 
 if __name__ == "__main__":

@@ -263,7 +263,7 @@ class PlainViT(HuggingFaceBackbone):
             options["interpolate_pos_encoding"] = True
         if self.family == "mae":  # nothing is masked, and the patches stay in order
             count = math.prod(images.shape[-2:]) // self.patch**2
-            options["noise"] = torch.arange(count, dtype=images.dtype, device=images.device).expand(len(images), -1)
+            options["noise"] = torch.arange(count, dtype=images.dtype, device=images.device).expand(images.shape[0], -1)
         outputs = self.model(images, **options)
         norm = self.final_norm()
         last = norm(outputs.last_hidden_state) if self.family == "clip" else outputs.last_hidden_state

@@ -9,7 +9,7 @@ from torch import nn
 
 def weighted_samples(values, grid, weights):
     """values (N, c, h, w), grid (N, P, Q, 2) in [-1, 1], weights (N, P, Q) -> (N, c, Q): the sums of the weighted samples of each query."""
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and not torch.compiler.is_exporting():
         return WeightedSamples.apply(values, grid, weights)
     return (F.grid_sample(values, grid, align_corners=False) * weights[:, None]).sum(2)
 

@@ -141,7 +141,7 @@ class DETR(nn.Module):
         bias = padding_bias(padding.flatten(1))
         for layer in self.encoder:  # a ViT's thousands of tokens: their attention is recomputed, not kept
             memory = checkpoint(layer, memory, memory_pos, bias, use_reentrant=False) if self.training else layer(memory, memory_pos, bias)
-        query_pos = self.query_pos.expand(len(images), -1, -1)
+        query_pos = self.query_pos.expand(images.shape[0], -1, -1)
         queries = torch.zeros_like(query_pos)
         outputs = []
         for layer in self.decoder:

@@ -107,7 +107,7 @@ class DINO(nn.Module):
         pick = lambda x: x.gather(1, best.expand(-1, -1, x.shape[-1]))
         boxes = (self.enc_box_head(pick(tokens)).float() + pick(anchors)).sigmoid()
         enc = {"pred_logits": pick(scores).float(), "pred_boxes": boxes}
-        boxes, x = boxes.detach(), self.content.weight[: best.shape[1]].expand(len(images), -1, -1)
+        boxes, x = boxes.detach(), self.content.weight[: best.shape[1]].expand(images.shape[0], -1, -1)
 
         copies, bias = 0, None
         noisy = make_denoising(targets, scores.shape[-1], x.shape[1], self.copies) if self.training and targets else None
@@ -140,7 +140,7 @@ class DINO(nn.Module):
 
         Cells in the padding or too near the border give no token and an infinite anchor.
         """
-        anchors = torch.cat([centres, sides[None, :, None].expand(len(centres), -1, 2)], dim=-1)
+        anchors = torch.cat([centres, sides[None, :, None].expand(centres.shape[0], -1, 2)], dim=-1)
         valid = ((anchors > 0.01) & (anchors < 0.99)).all(-1, keepdim=True) & ~padding[..., None]
         tokens = self.enc_output_norm(self.enc_output(memory.masked_fill(~valid, 0.0)))
         return tokens, anchors.logit().masked_fill(~valid, torch.inf)

@@ -267,7 +267,7 @@ class Decoder(nn.Module):
         to), and, with targets, `denoising`: the same outputs of the noisy copies, and their `matches`.
         """
         memory = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1)
-        share = memory.new_ones(len(memory), 2, dtype=torch.float32) if share is None else share
+        share = memory.new_ones(memory.shape[0], 2, dtype=torch.float32) if share is None else share
         anchors, valid, padding = make_anchors([level.shape[-2:] for level in levels], share)
         memory = memory * valid.to(memory.dtype)
         scores = self.enc_score_head(memory)

@@ -152,7 +152,7 @@ class ECViTTrunk(nn.Module):
         stem, patches = self.patch_embed(images)
         h, w = patches.shape[-2:]
         x = patches.flatten(2).transpose(1, 2)
-        x = torch.cat([self.register_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+        x = torch.cat([self.register_token.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
         sin, cos = self.rope_embed(h, w)
         outputs = []
         for block in self.blocks:

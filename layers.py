@@ -35,8 +35,8 @@ def grid_embedding(y, x, dim):
 
 
 def padding_bias(padding):
-    """padding (B, N) -> what to add to attention scores, (B, 1, 1, N), or None where nothing is padded."""
-    if not padding.any():
+    """padding (B, N) -> what to add to attention scores, (B, 1, 1, N), or None where nothing is padded, as in an exported network."""
+    if torch.compiler.is_exporting() or not padding.any():
         return None
     return torch.zeros(padding.shape, device=padding.device).masked_fill(padding, -torch.inf)[:, None, None]
 

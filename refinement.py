@@ -16,7 +16,7 @@ def shift_boxes(boxes, deltas):
     """
     centres = boxes[..., :2] + deltas[..., :2] * boxes[..., 2:]
     sizes = boxes[..., 2:] * deltas[..., 2:].clamp(-4, 4).exp()
-    return torch.cat([centres.clamp(0, 1), sizes.clamp(1e-4, 1)], dim=-1)
+    return torch.cat([centres.clamp(0.0, 1.0), sizes.clamp(1e-4, 1.0)], dim=-1)
 
 
 def bin_distances(device=None):

@@ -7,6 +7,7 @@
     detector.save("folder")                          # model.safetensors, config.json and a model card
 """
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +20,14 @@ from checkpoint import load_detector, write_folder
 from datasets import collate, read_image
 from errors import UserError
 from tiles import detect_in_tiles
-from transforms import eval_transforms
+from transforms import MEAN, eval_transforms
 
 
 def load(source, device=None, image_size=None, threshold=0.4, tile=None):
     """source: see checkpoint.read_checkpoint; image_size: shortest side (default: that of the training); threshold: lowest score that
     is given; tile: larger pictures are cut into tiles of that many pixels, 0 for image_size -> Detector. Raises UserError."""
+    if Path(source).suffix in (".onnx", ".pt2"):
+        return ExportedDetector(source, threshold, tile)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model, postprocess, content = load_detector(source, device)
     return Detector(model, postprocess, content, device, image_size, threshold, tile)
@@ -84,6 +87,62 @@ class Detector:
             api = huggingface_hub.HfApi()
             api.create_repo(repository, exist_ok=True)
             return api.upload_folder(repo_id=repository, folder_path=folder, **options)
+
+
+class ExportedDetector(Detector):
+    """The same from a file of export.py, whose graph takes pictures of one size: others are made to fit and padded."""
+
+    def __init__(self, path, threshold=0.4, tile=None):
+        path = Path(path)
+        if not path.is_file():
+            raise UserError(f"{path}: no such file")
+        about, self.run = (open_onnx if path.suffix == ".onnx" else open_torch)(path)
+        self.height, self.width, self.square = about["height"], about["width"], about["square"]
+        self.classes, self.category_ids, self.threshold, self.device = about["classes"], about["category_ids"], threshold, torch.device("cpu")
+        self.tile = min(self.height, self.width) if tile == 0 else tile
+
+    def detect(self, images):
+        canvases, scales = zip(*(to_canvas(image, self.height, self.width, self.square) for image in images))
+        scores, labels, boxes = self.run(torch.stack(canvases))
+        found = []
+        for i, (image, scale) in enumerate(zip(images, scales)):
+            limit = torch.tensor([image.width, image.height] * 2)
+            found.append({"scores": scores[i], "labels": labels[i], "boxes": (boxes[i] / torch.tensor(scale * 2)).clamp(min=0).minimum(limit)})
+        return found
+
+
+def open_onnx(path):
+    """-> what the file says about itself, and a function of images (B, 3, H, W) in [0, 1]. Raises UserError."""
+    try:
+        import onnxruntime
+    except ImportError:
+        raise UserError(f"{path}: needs onnxruntime; pip install onnxruntime") from None
+    try:
+        session = onnxruntime.InferenceSession(str(path), providers=onnxruntime.get_available_providers())
+        about = json.loads(session.get_modelmeta().custom_metadata_map["detector"])
+    except Exception as error:  # onnxruntime raises kinds of its own
+        raise UserError(f"{path}: not an ONNX file of export.py ({type(error).__name__}: {str(error)[:200]})") from None
+    return about, lambda images: [torch.from_numpy(part) for part in session.run(None, {"images": images.numpy()})]
+
+
+def open_torch(path):
+    extra = {"detector": ""}
+    try:
+        program = torch.export.load(str(path), extra_files=extra)
+        return json.loads(extra["detector"]), torch.no_grad()(program.module())
+    except Exception as error:  # torch raises many kinds on files that are not its own
+        raise UserError(f"{path}: not a file of export.py ({type(error).__name__}: {str(error)[:200]})") from None
+
+
+def to_canvas(image, height, width, square):
+    """A PIL image -> (3, height, width) in [0, 1], resized to fit, in its proportions unless square, padded with the mean colour at the right
+    and bottom; and by how much it was scaled, (x, y)."""
+    scale = min(width / image.width, height / image.height)
+    sides = (width, height) if square else (max(1, min(width, round(image.width * scale))), max(1, min(height, round(image.height * scale))))
+    pixels = TF.to_dtype(TF.resize(TF.pil_to_tensor(image), sides[::-1], antialias=True), torch.float32, scale=True)
+    canvas = torch.tensor(MEAN)[:, None, None].repeat(1, height, width)
+    canvas[:, : sides[1], : sides[0]] = pixels
+    return canvas, (sides[0] / image.width, sides[1] / image.height)
 
 
 def to_supervision(found):

@@ -196,6 +196,10 @@ class PostProcess(nn.Module):
     @torch.no_grad()
     def forward(self, outputs, sizes):
         """sizes (B, 2) height, width of the pictures -> B dicts: scores and labels (D,), boxes (D, 4) xyxy pixels, best first."""
+        return [{"scores": s, "labels": l, "boxes": b} for s, l, b in zip(*self.best(outputs, sizes))]
+
+    def best(self, outputs, sizes):
+        """The same for the whole batch: scores and labels (B, D), boxes (B, D, 4)."""
         logits, boxes = outputs["pred_logits"].float(), outputs["pred_boxes"].float()
         if self.class_loss == "softmax":
             scores, labels = logits.softmax(-1)[..., :-1].max(-1)
@@ -203,9 +207,8 @@ class PostProcess(nn.Module):
             labels = labels.gather(1, query)
         else:
             classes = logits.shape[-1]
-            scores, pair = logits.sigmoid().flatten(1).topk(min(self.limit, logits[0].numel()), dim=1)
+            scores, pair = logits.sigmoid().flatten(1).topk(min(self.limit, logits.shape[1] * classes), dim=1)
             query, labels = pair // classes, pair % classes
         sizes = sizes.to(boxes)[:, None, [1, 0, 1, 0]]
         boxes = to_xyxy(boxes.gather(1, query[..., None].expand(-1, -1, 4))) * sizes
-        boxes = boxes.clamp(min=0).minimum(sizes)
-        return [{"scores": s, "labels": l, "boxes": b} for s, l, b in zip(scores, labels, boxes)]
+        return scores, labels, boxes.clamp(min=0).minimum(sizes)

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import io
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,10 +16,12 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch.utils.data import DataLoader
 
+import plots
 from checkpoint import load_detector
-from datasets import DetectionDataset, collate
+from datasets import DetectionDataset, collate, read_image
 from errors import UserError, run
 from layouts import load_splits
+from mistakes import confusion, find_cases, worst
 from transforms import eval_transforms
 
 NAMES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_1", "AR_10", "AR_100", "AR_small", "AR_medium", "AR_large")  # fmt: skip
@@ -39,6 +42,11 @@ def evaluate(model, postprocess, loader, split, device):
 
 def coco_figures(split, found):
     """COCO's twelve figures, and AP by class under "class/NAME". found: {index of the record: detections, xyxy pixels}."""
+    return measure(split, found)[0]
+
+
+def measure(split, found):
+    """-> coco_figures, and for each class that has objects {name: (AP50, precision at 101 recalls)}."""
     with contextlib.redirect_stdout(io.StringIO()):
         truth = ground_truth(split)
         rows = [
@@ -47,16 +55,30 @@ def coco_figures(split, found):
             for (x1, y1, x2, y2), label, score in zip(d["boxes"].tolist(), d["labels"], d["scores"])
         ]
         if not rows or not truth.dataset["annotations"]:
-            return dict.fromkeys(NAMES, -1.0 if rows else 0.0)
+            return dict.fromkeys(NAMES, -1.0 if rows else 0.0), {}
         evaluation = COCOeval(truth, truth.loadRes(rows), "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    figures = dict(zip(NAMES, evaluation.stats.tolist()))
+    figures, curves = dict(zip(NAMES, evaluation.stats.tolist())), {}
     for i, name in enumerate(split.classes):
         precision = evaluation.eval["precision"][:, :, i, 0, -1]
         figures[f"class/{name}"] = float(precision[precision > -1].mean()) if (precision > -1).any() else -1.0
-    return figures
+        if (precision > -1).any():
+            curves[name] = float(precision[0].mean()), precision[0].tolist()
+    return figures, curves
+
+
+def draw_report(split, found, folder):
+    """Writes precision_recall.png, confusion.png and, where there are mistakes, mistakes.png into folder -> their names."""
+    cases = find_cases(split, found)
+    plots.draw_precision_recall(measure(split, found)[1], folder / "precision_recall.png")
+    plots.draw_confusion(confusion(cases, len(split.classes)), split.classes, folder / "confusion.png")
+    shown = worst(cases)
+    if shown:
+        load = lambda index: read_image(split.records[index].path, split.records[index].upright)
+        plots.draw_cases(shown, load, split.classes).save(folder / "mistakes.png")
+    return ["precision_recall.png", "confusion.png"] + ["mistakes.png"] * bool(shown)
 
 
 def ground_truth(split):
@@ -86,6 +108,7 @@ def main():
     parser.add_argument("--data", metavar="DIR", help="a data set (default: that of the run)")
     parser.add_argument("--val-split", metavar="NAME", help="its part to evaluate on")
     parser.add_argument("--image-size", type=int, metavar="S", help="shortest side (default: that of the run)")
+    parser.add_argument("--pictures", metavar="DIR", help="also draws precision over recall, which class was taken for which, and the worst mistakes")
     parser.add_argument("--batch-size", type=int, default=8, metavar="B")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -99,9 +122,16 @@ def main():
         raise UserError(f"the data's classes {split.classes[:5]} are not the checkpoint's {content['classes'][:5]}")
     data = DetectionDataset(split, eval_transforms(arguments.image_size or config["image_size"], config.get("square", False)))
     loader = DataLoader(data, batch_size=arguments.batch_size, collate_fn=partial(collate, divisor=model.backbone.size_divisor))
-    figures, _ = evaluate(model, postprocess, loader, split, device)
+    figures, found = evaluate(model, postprocess, loader, split, device)
     for name, value in figures.items():
         print(f"{name:24s} {value:.3f}" if value >= 0 else f"{name:24s} -")
+    if arguments.pictures:
+        folder = Path(arguments.pictures)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            print(f"{', '.join(draw_report(split, found, folder))} are in {folder}")
+        except OSError as error:
+            raise UserError(f"{folder}: can't be written ({error.strerror or error})") from None
 
 
 if __name__ == "__main__":

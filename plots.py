@@ -59,8 +59,9 @@ def tile(pictures, columns, gap=6):
 
 
 def heading(picture, text):
-    """The picture with a line of text above it."""
-    font = ImageFont.load_default(22)
+    """The picture with a line of text above it, as large as fits."""
+    size = next((size for size in range(22, 8, -1) if ImageFont.load_default(size).getlength(text) <= picture.width - 16), 9)
+    font = ImageFont.load_default(size)
     out = Image.new("RGB", (picture.width, picture.height + 34), "white")
     out.paste(picture, (0, 34))
     ImageDraw.Draw(out).text((8, 4), text, fill="black", font=font)
@@ -116,3 +117,68 @@ def draw_curves(log_path, out):
     right.grid(alpha=0.3)
     figure.savefig(out, dpi=110)
     plt.close(figure)
+
+
+def draw_precision_recall(curves, out):
+    """curves: {name: (AP50, precision at 101 recalls from 0 to 1)} -> a picture, the classes with the lowest AP first in the legend."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    recall = [i / 100 for i in range(101)]
+    order = sorted(curves, key=lambda name: curves[name][0])
+    for number, name in enumerate(order):
+        ap, precision = curves[name]
+        shown = number < 20  # more names than that can't be told apart
+        axes.plot(recall, precision, color=f"C{number % 10}" if shown else "lightgrey", linestyle=LINES[number // 10 % len(LINES)], label=f"{name} {ap:.2f}" if shown else None, zorder=2 if shown else 1)
+    axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02), title="precision and recall at IoU 0.5" + (" (the 20 lowest named)" if len(order) > 20 else ""))
+    axes.grid(alpha=0.3)
+    if order:
+        figure.legend(fontsize=8, loc="outside right upper")
+    figure.savefig(out, dpi=110)
+    plt.close(figure)
+
+
+def draw_confusion(counts, names, out):
+    """counts (K + 1, K + 1) of mistakes.confusion -> a picture; shares of each row as colour, numbers where there is room."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    size = len(counts)
+    side = min(24.0, max(5.0, 0.45 * size + 2))
+    figure, axes = plt.subplots(figsize=(side, side), layout="constrained")
+    shares = counts / counts.sum(1, keepdims=True).clip(min=1)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    labels = [*names, "nothing"]
+    axes.set_xticks(range(size), labels, rotation=90 if size > 6 else 0, fontsize=8)
+    axes.set_yticks(range(size), labels, fontsize=8)
+    axes.set(xlabel="detected as", ylabel="is", title="what was taken for what (IoU 0.5)")
+    if size <= 40:
+        for (row, column), count in ((place, counts[place]) for place in zip(*counts.nonzero())):
+            axes.text(column, row, str(count), ha="center", va="center", fontsize=7, color="white" if shares[row, column] > 0.5 else "black")
+    figure.savefig(out, dpi=110)
+    plt.close(figure)
+
+
+def draw_cases(cases, load, names, side=300):
+    """mistakes.Case and load (index -> PIL image) -> a contact sheet: each with what is around it, and what went wrong above it."""
+    pictures = []
+    for case in cases:
+        image = load(case.index)
+        x1, y1, x2, y2 = case.box
+        reach = max(0.75 * max(x2 - x1, y2 - y1), 32)
+        cx, cy = (x1 + x2) / 2, (y1 + y2) / 2
+        left, top = (max(0, min(round(c - reach), n - round(2 * reach))) for c, n in ((cx, image.width), (cy, image.height)))
+        crop = image.convert("RGB").crop((left, top, left + round(2 * reach), top + round(2 * reach)))  # black beyond the picture
+        factor = side / crop.width
+        crop = crop.resize((side, side))
+        box = [(x1 - left) * factor, (y1 - top) * factor, (x2 - left) * factor, (y2 - top) * factor]
+        missed = case.detected is None
+        ImageDraw.Draw(crop).rectangle(box, outline="#ffe119" if missed else "#e6194b", width=3)
+        text = f"missed: {names[case.truth]}" if missed else f"{names[case.detected]} {case.score:.2f}, " + ("nothing there" if case.truth is None else f"is {names[case.truth]}")
+        pictures.append(heading(crop, text))
+    return tile(pictures, 4)

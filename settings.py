@@ -53,7 +53,7 @@ DEFAULTS = dict(
     ema=True, ema_horizon=None,  # steps that the running average looks back at most
     precision="auto", seed=0,
     # run
-    out=None, eval_every=0, keep_every=0,
+    out=None, eval_every=0, keep_every=0, patience=None, tensorboard=False,
 )  # fmt: skip
 
 RECIPES = {
@@ -136,6 +136,8 @@ def parse_arguments(description):
     out.add_argument("--out", metavar="RUN", help="folder of the run (default: runs/ and the data's name)")
     out.add_argument("--eval-every", type=int, metavar="N", help="epochs between evaluations (default 0: as often as a tenth of the time allows)")
     out.add_argument("--keep-every", type=int, metavar="N", help="also keep a checkpoint every N epochs (default 0: none; meta: 50)")
+    out.add_argument("--patience", type=int, metavar="N", help="end after N epochs without a better AP (default: never)")
+    out.add_argument("--tensorboard", action="store_true", help="also log for TensorBoard, into the run's folder")
     out.add_argument("--resume", metavar="RUN", help="go on with this run, with its own settings")
     given = vars(parser.parse_args())
     resume = given.pop("resume", None)
@@ -170,7 +172,7 @@ def settle(given, train, initial=None):
     scratch = weights == "none" and not initial
     s = DEFAULTS | RECIPES[recipe or ("ecdet" if ecdet and not scratch else "default")] | given
     s |= {"backbone": backbone, "backbone_weights": weights}
-    for key in ("batch_size", "accumulate", "image_size", "num_queries", "decoder_layers", "patch_size", "epochs", "steps", "minutes"):
+    for key in ("batch_size", "accumulate", "image_size", "num_queries", "decoder_layers", "patch_size", "epochs", "steps", "minutes", "patience"):
         if s[key] is not None and s[key] <= 0:
             raise UserError(f"--{key.replace('_', '-')} has to be more than 0, not {s[key]}")
     if s["size"] and s["detector"] != "ecdet":

@@ -8,7 +8,8 @@
     python train.py --data DIR --recipe meta                     DETR as it was published in 2020
     python train.py --resume runs/demo                           goes on exactly where the run was stopped
 
-A run leaves config.json, log.jsonl, last.pth, best.pth, curves.png, train_batch.png and val_samples.png in runs/NAME.
+A run leaves config.json, log.jsonl, last.pth, best.pth, curves.png, train_batch.png, val_samples.png and, at its
+end, precision_recall.png, confusion.png and mistakes.png in runs/NAME.
 """
 
 import json
@@ -33,7 +34,7 @@ from datasets import DetectionDataset, EndlessBatches, collate
 from demo_data import make_demo
 from detr_model import build_model
 from errors import UserError, run
-from evaluate import evaluate
+from evaluate import draw_report, evaluate
 from layouts import load_splits
 from muon import Muon
 from settings import DEFAULTS, parse_arguments, settle
@@ -76,11 +77,12 @@ def main():
     print(f"{s['detector']} on {s['backbone']} (weights: {s['init'] or s['backbone_weights']}), {millions:.1f} M parameters, {device.type}, {s['precision']}")
 
     # Where the run stands
-    step, spent, best, sums, counted = 0, 0.0, -math.inf, {}, 0
+    step, spent, best, best_epoch, sums, counted = 0, 0.0, -math.inf, 0, {}, 0
     folder = Path(resume or s["out"])
     if saved:
         state = saved["training"]
         step, spent, best, sums, counted = (state[key] for key in ("step", "spent", "best", "sums", "counted"))
+        best_epoch = state.get("best_epoch", 0)
         model.load_state_dict(state["model"])
         detector.load_state_dict(saved["model"])
         for optimizer, content in zip(optimizers, state["optimizers"]):
@@ -89,6 +91,7 @@ def main():
         if device.type == "cuda" and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"])
     open_folder(folder, s, step)
+    board = open_board(folder) if s["tensorboard"] else None
 
     def save(name, **more):
         content = {"model": detector.state_dict(), "config": s, "classes": train.classes, "category_ids": train.category_ids}
@@ -97,7 +100,7 @@ def main():
     def save_last():
         cuda_rng = torch.cuda.get_rng_state() if device.type == "cuda" else None
         save("last.pth", training={
-            "step": step, "spent": spent, "best": best, "sums": sums, "counted": counted, "model": model.state_dict(),
+            "step": step, "spent": spent, "best": best, "best_epoch": best_epoch, "sums": sums, "counted": counted, "model": model.state_dict(),
             "optimizers": [o.state_dict() for o in optimizers], "rng": torch.get_rng_state(), "cuda_rng": cuda_rng,
         })  # fmt: skip
 
@@ -124,9 +127,9 @@ def main():
     stop = []  # filled by Ctrl-C: the step under way is finished first
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.append(True))
-    last_evaluation, evaluation_seconds, bad_steps = time.time(), 0.0, 0
+    last_evaluation, evaluation_seconds, bad_steps, best_found, patience_over = time.time(), 0.0, 0, None, False
     bar = tqdm(total=100, bar_format="{desc} {percentage:3.0f}% {bar:20} {postfix}", disable=None, leave=False)
-    while used(step) < 1 and not stop:
+    while used(step) < 1 and not stop and not patience_over:
         started = time.time()
         model.train()
         train_backbone = step // steps_per_epoch >= s["freeze_backbone"]
@@ -182,12 +185,15 @@ def main():
                 figures, found = evaluate(detector, postprocess, val_loader, val, device)
             row |= {name: round(value, 4) for name, value in figures.items()}
             if figures["AP"] >= best:
-                best = figures["AP"]
+                best, best_epoch, best_found = figures["AP"], epoch, found
                 save("best.pth", figures=figures)
                 draw_samples(val_set, found, val.classes).save(folder / "val_samples.png")
         with open(folder / "log.jsonl", "a") as log:
             log.write(json.dumps(row) + "\n")
+        if board is not None:
+            log_scalars(board, row)
         if "AP" in row:
+            patience_over = s["patience"] is not None and epoch - best_epoch >= s["patience"]
             plots.draw_curves(folder / "log.jsonl", folder / "curves.png")
             last_evaluation, evaluation_seconds = time.time(), time.time() - started
         measured = f"AP {row['AP']:.3f}  AP50 {row['AP50']:.3f}" if "AP" in row else "AP -"
@@ -197,10 +203,14 @@ def main():
             save(f"epoch{epoch:04d}.pth")
 
     bar.close()
-    if used(step) < 1:
+    if patience_over:
+        print(f"no better AP in {s['patience']} epochs; ended after step {step}")
+    elif used(step) < 1:
         save_last()
         print(f"stopped after step {step}; go on with: python train.py --resume {folder}")
         sys.exit(130)
+    if best_found is not None:
+        draw_report(val, best_found, folder)
     print(f"best AP {best:.3f} after {spent / 60:.1f} minutes of training; curves and pictures are in {folder}. To detect:")
     print(f"  python infer.py PICTURE --checkpoint {folder / 'best.pth'}")
 
@@ -232,6 +242,24 @@ def open_folder(folder, s, step):
         log.write_text("".join(row for row in rows if json.loads(row)["step"] <= step))
     except OSError as error:
         raise UserError(f"{folder}: can't be written ({error.strerror}); choose another --out") from None
+
+
+def open_board(folder):
+    """TensorBoard's writer."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard: TensorBoard is not installed; pip install tensorboard") from None
+    return SummaryWriter(str(folder))
+
+
+def log_scalars(board, row):
+    """A row of log.jsonl for TensorBoard, by step."""
+    scalars = {f"losses/{name.removeprefix('loss_')}": value for name, value in row["losses"].items()}
+    scalars |= {f"validation/{name}": value for name, value in row.items() if name.startswith(("AP", "AR", "class/")) and value >= 0}
+    for name, value in (scalars | {"lr": row["lr"], "loss": sum(row["losses"].values())}).items():
+        board.add_scalar(name, value, row["step"])
+    board.flush()
 
 
 def autocast(s, device):

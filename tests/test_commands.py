@@ -56,7 +56,8 @@ def finished_run(tiny_data, tmp_path_factory):
 
 def test_a_run_leaves_everything_it_promises(finished_run):
     _, folder, process = finished_run
-    assert {p.name for p in folder.iterdir()} == {"config.json", "log.jsonl", "last.pth", "best.pth", "curves.png", "train_batch.png", "val_samples.png"}
+    assert {p.name for p in folder.iterdir()} == {"config.json", "log.jsonl", "last.pth", "best.pth", "curves.png", "train_batch.png", "val_samples.png",
+                                                   "precision_recall.png", "confusion.png", "mistakes.png"}  # fmt: skip
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2] and rows[-1]["step"] == 6
     assert all("AP" in rows[-1] and row["losses"]["loss_class"] > 0 for row in rows)

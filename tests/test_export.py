@@ -1,0 +1,94 @@
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_commands import called
+
+import export
+import infer
+from checkpoint import save_checkpoint
+from detector import load
+from detr_model import build_model
+from errors import UserError
+from export import furthest
+from settings import DEFAULTS
+
+
+def write_checkpoint(path, detector, **more):
+    torch.manual_seed(0)
+    config = DEFAULTS | dict(detector=detector, size="nano", backbone="ecvit-nano", backbone_weights="none", num_classes=3, num_queries=30, hidden_dim=32, num_heads=2, ffn_dim=32,
+                             encoder_layers=1, decoder_layers=2, copies=8, image_size=96) | more  # fmt: skip
+    model = build_model(config)[0]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():  # heads that start at zero would find the same everywhere
+            if not name.startswith("backbone.") and parameter.ndim > 1:
+                parameter += 0.05 * torch.randn_like(parameter)
+    save_checkpoint(path, {"model": model.state_dict(), "config": config, "classes": ["cat", "dog", "emu"], "category_ids": [3, 5, 90]})
+    return path
+
+
+def photo(path, size):
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)).resize((9, 7)).resize(size).save(path)
+    return path
+
+
+@pytest.mark.parametrize("detector, form, square", [("detr", "onnx", False), ("ecdet", "onnx", True), ("detr", "torch", True), ("ecdet", "torch", False)])
+def test_an_exported_file_detects_what_the_checkpoint_does(detector, form, square, tmp_path, monkeypatch, capsys):
+    if form == "onnx":
+        pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+    checkpoint = write_checkpoint(tmp_path / "best.pth", detector, square=square)
+    picture = photo(tmp_path / "photo.png", (96, 96) if square else (128, 96))
+    status, out, err = called(export.main, [checkpoint, "--picture", picture, "--format", form], monkeypatch, capsys)
+    assert status == 0, err
+    file = tmp_path / ("best.onnx" if form == "onnx" else "best.pt2")
+    assert file.exists() and "96x128" in out if not square else "96x96" in out
+    assert "differs from PyTorch by" in out and "ms, PyTorch" in out
+    ours, theirs = load(checkpoint, device="cpu", threshold=0.0)([picture, picture]), load(file, threshold=0.0)([picture, picture])
+    for a, b in zip(ours, theirs):  # of a size that needs no resizing: the same pixels
+        score, pixels = furthest([a[key] for key in ("scores", "labels", "boxes")], [b[key] for key in ("scores", "labels", "boxes")])
+        assert score < 1e-3 and pixels < 0.5 and len(b["scores"]) == len(a["scores"])
+    status, out, err = called(infer.main, [photo(tmp_path / "other.png", (300, 200)), "--checkpoint", file, "--threshold", 0, "--out", tmp_path / "found"], monkeypatch, capsys)
+    assert status == 0, err
+    rows = json.loads((tmp_path / "found" / "detections.json").read_text())
+    assert {row["category_id"] for row in rows} <= {3, 5, 90} and all(row["bbox"][0] + row["bbox"][2] <= 300.1 and row["bbox"][1] + row["bbox"][3] <= 200.1 for row in rows)
+
+
+def test_mistakes_in_exporting(tmp_path, monkeypatch, capsys):
+    checkpoint = write_checkpoint(tmp_path / "best.pth", "detr")
+    for arguments, message in (([checkpoint, "--image-size", 100, 96], "both have to be multiples of 32"), ([write_checkpoint(tmp_path / "ssd.pth", "ssd"), "--format", "torch"], "ssd is not exported")):
+        status, _, err = called(export.main, arguments, monkeypatch, capsys)
+        assert status == 2 and message in err
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    status, _, err = called(export.main, [checkpoint], monkeypatch, capsys)
+    assert status == 2 and "onnx is not installed; pip install onnx onnxscript onnxruntime" in err
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    (tmp_path / "x.onnx").write_bytes(b"x")
+    with pytest.raises(UserError, match="pip install onnxruntime"):
+        load(tmp_path / "x.onnx")
+    (tmp_path / "x.pt2").write_bytes(b"x")
+    with pytest.raises(UserError, match="x.pt2: not a file of export.py"):
+        load(tmp_path / "x.pt2")
+    assert not list(tmp_path.glob("*.partial*"))
+
+
+def test_a_graph_that_differs_is_not_written(tmp_path, monkeypatch, capsys):
+    checkpoint = write_checkpoint(tmp_path / "best.pth", "detr")
+    monkeypatch.setattr(export, "SCORES_WITHIN", -1.0)
+    status, _, err = called(export.main, [checkpoint, "--format", "torch"], monkeypatch, capsys)
+    assert status == 2 and "not written: the graph's detections differ" in err
+    assert [p.name for p in tmp_path.iterdir()] == ["best.pth"]
+
+
+def test_the_difference_of_two_detections():
+    a = torch.tensor([0.9, 0.5, 0.5]), torch.tensor([0, 1, 1]), torch.tensor([[0, 0, 5, 5], [1, 1, 4, 4], [7, 7, 9, 9]]).float()
+    assert furthest(a, a) == (0.0, 0.0)
+    swapped = [part[[0, 2, 1]] for part in a]
+    assert furthest(a, swapped) == (0.0, 0.0)
+    moved = a[0], a[1], a[2] + torch.tensor([0, 0, 0, 0.25])
+    assert furthest(a, moved) == (0.0, 0.25)
+    assert furthest(a, (a[0], torch.tensor([0, 1, 2]), a[2]))[0] > 1e-3 or furthest(a, (a[0], torch.tensor([0, 1, 2]), a[2]))[1] > 0.5
+    assert furthest(a, (a[0], torch.tensor([2, 2, 2]), a[2])) == (float("inf"), float("inf"))

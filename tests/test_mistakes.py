@@ -1,0 +1,118 @@
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_commands import SMALL, called
+
+import evaluate
+import plots
+import train
+from layouts import Split, make_record, load_splits
+from mistakes import Case, confusion, find_cases, worst
+
+
+def a_split():
+    rows = [(0, 0, 10, 10, 0, 100, False), (20, 0, 30, 10, 1, 100, False), (40, 0, 70, 30, 1, 900, False), (0, 40, 10, 50, 0, 100, True)]
+    return Split("val", ["cat", "dog"], [1, 2], [make_record(1, Path("a.png"), (80, 60), rows), make_record(2, Path("b.png"), (80, 60), [])])
+
+
+def detections(*rows):
+    table = torch.tensor(rows).reshape(-1, 6)
+    return {"boxes": table[:, :4], "labels": table[:, 4].long(), "scores": table[:, 5]}
+
+
+def test_every_detection_and_object_is_told_apart():
+    found = {
+        0: detections([0, 0, 10, 10, 0, 0.9], [1, 0, 11, 10, 0, 0.8],  # right, and the same again
+                      [20, 0, 30, 10, 0, 0.7],  # a dog taken for a cat
+                      [0, 40, 10, 50, 1, 0.9],  # over a difficult object: left out
+                      [60, 40, 70, 50, 1, 0.6], [40, 0, 70, 30, 1, 0.1]),  # nothing there; too unsure to count
+        1: detections(),
+    }  # fmt: skip
+    cases = find_cases(a_split(), found)
+    told = sorted((str(c.truth), str(c.detected), round(c.score, 1)) for c in cases)
+    assert told == sorted([("0", "0", 0.9), ("None", "0", 0.8), ("1", "0", 0.7), ("None", "1", 0.6), ("1", "None", 0.0)])
+    counts = confusion(cases, 2)
+    assert counts.tolist() == [[1, 0, 0], [1, 0, 1], [1, 1, 0]]
+    assert counts[:2].sum() == 3  # each object that counts once
+    assert [(c.detected, round(c.score, 1)) for c in worst(cases)] == [(0, 0.8), (0, 0.7), (1, 0.6), (None, 0.0)]
+    assert worst(cases, 2)[1].box == [40, 0, 70, 30]
+
+
+def test_a_detection_of_the_right_class_goes_before_a_nearer_one():
+    split = Split("val", ["cat", "dog"], [1, 2], [make_record(1, Path("a.png"), (80, 60), [(0, 0, 10, 10, 0, 100, False)])])
+    cases = find_cases(split, {0: detections([0, 0, 10, 10, 1, 0.9], [1, 0, 11, 10, 0, 0.5])})
+    assert sorted((str(c.truth), c.detected) for c in cases) == [("0", 0), ("None", 1)]
+
+
+def test_curves_are_coco_evaluations(tiny_data):
+    _, val = load_splits(tiny_data)
+    perfect = {i: {"boxes": torch.from_numpy(r.boxes).float(), "labels": torch.from_numpy(r.labels), "scores": torch.ones(len(r.boxes))} for i, r in enumerate(val.records)}
+    figures, curves = evaluate.measure(val, perfect)
+    assert set(curves) == {"kind 7", "kind 300"} and figures["AP50"] == pytest.approx(1) and all(ap == pytest.approx(1) and min(p) > 0.99 for ap, p in curves.values())
+    half = {i: {key: value[:1] for key, value in d.items()} for i, d in perfect.items()}  # the first class alone
+    figures, curves = evaluate.measure(val, half)
+    assert curves["kind 7"][0] == pytest.approx(1) and curves["kind 300"][0] == 0
+    assert figures == evaluate.coco_figures(val, half)
+
+
+def test_cases_are_cut_out_where_they_are(tmp_path):
+    image = Image.new("RGB", (200, 100), "grey")
+    image.paste("red", (180, 80, 200, 100))
+    sheet = plots.draw_cases([Case(0, None, 0, 0.9, [180, 80, 200, 100]), Case(0, 1, None, 0.0, [0, 0, 150, 90])], lambda index: image, ["cat", "a dog with a very long name indeed"])
+    pixels = np.asarray(sheet)
+    assert (np.abs(pixels[:, :300].astype(int) - (255, 0, 0)).sum(-1) < 30).sum() > 300  # the object is on its crop
+    plots.draw_confusion(np.arange(9).reshape(3, 3), ["cat", "dog"], tmp_path / "c.png")
+    plots.draw_precision_recall({"cat": (0.5, [1.0] * 101), "dog": (0.1, [0.2] * 101)}, tmp_path / "p.png")
+    assert (tmp_path / "c.png").stat().st_size > 0 and (tmp_path / "p.png").stat().st_size > 0
+
+
+def test_a_run_ends_with_its_report_and_evaluate_draws_it_again(tiny_data, tmp_path, monkeypatch, capsys):
+    status, out, err = called(train.main, ["--data", tiny_data, *SMALL, "--steps", 3, "--out", tmp_path / "run"], monkeypatch, capsys)
+    assert status == 0, err
+    pictures = {"precision_recall.png", "confusion.png", "mistakes.png"}
+    assert pictures <= {p.name for p in (tmp_path / "run").iterdir()}
+    status, out, err = called(evaluate.main, [tmp_path / "run" / "best.pth", "--pictures", tmp_path / "again"], monkeypatch, capsys)
+    assert status == 0 and {p.name for p in (tmp_path / "again").iterdir()} == pictures, err
+
+
+def test_patience_ends_a_run_that_gets_no_better(tiny_data, tmp_path, monkeypatch, capsys):
+    aps = iter([0.5, 0.6, 0.4, 0.3, 0.2, 0.1])
+    real = train.evaluate
+
+    def falling(*args):
+        figures, found = real(*args)
+        return figures | {"AP": next(aps)}, found
+
+    monkeypatch.setattr(train, "evaluate", falling)
+    status, out, err = called(train.main, ["--data", tiny_data, *SMALL, "--epochs", 6, "--eval-every", 1, "--patience", 2, "--out", tmp_path / "run"], monkeypatch, capsys)
+    assert status == 0 and "no better AP in 2 epochs; ended after step 12" in out, err
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [row["AP"] for row in rows] == [0.5, 0.6, 0.4, 0.3]
+
+
+def test_tensorboard_where_it_is_installed(tiny_data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    arguments = ["--data", tiny_data, *SMALL, "--steps", 1, "--tensorboard"]
+    status, _, err = called(train.main, [*arguments, "--out", tmp_path / "without"], monkeypatch, capsys)
+    assert status == 2 and "pip install tensorboard" in err
+    written = {}
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            self.folder = folder
+
+        def add_scalar(self, name, value, step):
+            written[name] = value, step
+
+        def flush(self):
+            pass
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", type("fake", (), {"SummaryWriter": SummaryWriter}))
+    status, _, err = called(train.main, [*arguments, "--out", tmp_path / "with"], monkeypatch, capsys)
+    row = json.loads((tmp_path / "with" / "log.jsonl").read_text())
+    assert status == 0 and written["losses/giou"] == (row["losses"]["loss_giou"], 1) and written["validation/AP"] == (row["AP"], 1), err

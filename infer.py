@@ -32,7 +32,7 @@ def find_pictures(arguments):
         if path.is_dir():
             inside = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES)
             if not inside:
-                raise UserError(f"{path}: no pictures or videos in this folder ({', '.join(sorted(IMAGE_SUFFIXES))})")
+                raise UserError(f"{path}: no pictures or videos in this folder ({', '.join(sorted(IMAGE_SUFFIXES | VIDEO_SUFFIXES))})")
             paths += inside
         elif path.is_file() or argument.isdigit():
             paths.append(path)

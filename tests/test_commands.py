@@ -143,10 +143,10 @@ def test_a_checkpoint_runs_no_code(tmp_path, monkeypatch, capsys):
         (train.main, ["--resume", "runs/none", "--lr", "1"], "leave out --lr"),
         (train.main, ["--data", "DATA", *SMALL, "--out", "RUN"], "already holds a run"),
         (infer.main, ["nothing.jpg"], "nothing.jpg: no such picture"),
-        (infer.main, ["EMPTY"], "no pictures in this folder"),
+        (infer.main, ["EMPTY"], "no pictures or videos in this folder"),
         (infer.main, ["PICTURE"], "no run in runs/ has a best.pth"),
         (infer.main, ["PICTURE", "--checkpoint", "PICTURE"], "not a checkpoint"),
-        (infer.main, ["BROKEN", "--checkpoint", "BEST"], "1 of 1 pictures can't be read"),
+        (infer.main, ["BROKEN", "--checkpoint", "BEST"], "1 of 1 files can't be read"),
         (evaluate.main, ["gone.pth"], "gone.pth: no such checkpoint"),
         (evaluate.main, ["BEST", "--data", "OTHER"], "are not the checkpoint's"),
         (check_dims.main, ["--run", "dinov2-smal"], "the nearest: dinov2-small"),
@@ -174,7 +174,7 @@ def test_check_dims_agrees_with_itself():
     process = command("check_dims.py", "--size", 640)
     assert process.returncode == 0, process.stderr
     assert "4096" in next(line for line in process.stdout.splitlines() if "vit7b16" in line)
-    assert len(process.stdout.splitlines()) == 24
+    assert len(process.stdout.splitlines()) == 32
     process = command("check_dims.py", "--run", "ecvit-nano", "--size", 100)
     assert process.returncode == 0 and "as the table says" in process.stdout
 

@@ -102,11 +102,11 @@ class EndlessBatches:
     data set, each picture once in each, cut into full batches. `first` batches are left out, to go on where a run was stopped.
 
     phase: (pictures shown so far) -> "plain", "varied" or "mixed", see transforms. `draw` is a number in [0, 1) that a whole
-    batch shares, None where it is plain.
+    batch shares, None where it is plain. share: (rank, number of processes), each of which takes its part of every batch.
     """
 
-    def __init__(self, length, batch_size, seed, phase, first=0):
-        self.length, self.batch_size, self.seed, self.phase, self.first = length, batch_size, seed, phase, first
+    def __init__(self, length, batch_size, seed, phase, first=0, share=(0, 1)):
+        self.length, self.batch_size, self.seed, self.phase, self.first, self.share = length, batch_size, seed, phase, first, share
 
     def __iter__(self):
         start = self.first * self.batch_size
@@ -121,7 +121,7 @@ class EndlessBatches:
                 draw = None if phase == "plain" else float(torch.rand((), generator=torch.Generator().manual_seed(seed)))
             batch.append((order[place], seed, draw, phase == "mixed"))
             if len(batch) == self.batch_size:
-                yield batch
+                yield batch[self.share[0] :: self.share[1]]
                 batch = []
 
 

@@ -7,6 +7,8 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import box_convert, sigmoid_focal_loss
 
+from distributed import mean_of, share_of
+
 
 def pairwise_giou(a, b):
     """a (..., 4), b (..., 4) xyxy, broadcast against each other -> IoU and generalised IoU (arXiv 1902.09630), (...)."""
@@ -111,12 +113,12 @@ class SetCriterion(nn.Module):
         suffixes, logits, boxes = stack_layers(outputs)
         counts = torch.tensor([len(t["labels"]) for t in targets], device=logits.device)
         layer, image, query, number = self.matcher(logits, boxes, targets)
-        total = max(1, sum(len(t["labels"]) for t in targets))
+        total = share_of(sum(len(t["labels"]) for t in targets), logits.device)
         losses = self.losses(logits, boxes, (layer, image, query, number_in_batch(counts, image, number)), targets, suffixes, total)
         if "denoising" in outputs:
             suffixes, logits, boxes = stack_layers(outputs["denoising"])
             matches = repeat_matches(outputs["denoising"]["matches"], len(suffixes))
-            losses |= self.losses(logits, boxes, matches, targets, [f"{suffix}_dn" for suffix in suffixes], len(matches[0]) // len(suffixes))
+            losses |= self.losses(logits, boxes, matches, targets, [f"{suffix}_dn" for suffix in suffixes], share_of(len(matches[0]) // len(suffixes), logits.device))
         if "dense" in outputs:
             logits, boxes = (outputs["dense"][key][None].float() for key in ("pred_logits", "pred_boxes"))
             image, pixel, target = assign_dense(self.matcher.cost(logits, boxes, targets)[0], counts, self.dense_k)
@@ -183,7 +185,7 @@ def softmax_loss(logits, classes, no_object_weight):
     """logits (L, B, Q, K+1), classes (L, B, Q) with K for "no object" -> (L,), the weighted mean of each layer."""
     weight = torch.where(classes == logits.shape[-1] - 1, no_object_weight, 1.0)
     loss = F.cross_entropy(logits.flatten(0, 2), classes.flatten(), reduction="none").view_as(weight)
-    return (loss * weight).sum((1, 2)) / weight.sum((1, 2))
+    return (loss * weight).sum((1, 2)) / mean_of(weight.sum((1, 2)), weight.device)
 
 
 class PostProcess(nn.Module):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from detr_loss import number_in_batch, pairwise_giou, quality_loss, repeat_matches, stack_layers, to_xyxy
+from distributed import share_of
 from refinement import REG_MAX, bin_distances, edge_distances
 
 TEMPERATURE = 5.0  # of the distributions that earlier layers learn from the last
@@ -34,12 +35,12 @@ class RefinementCriterion(nn.Module):
         layer, image, query, number = self.matcher(logits, boxes, targets)
         target = number_in_batch(counts, image, number)
         union = union_of_matches(image, query, target, logits.shape[2])
-        losses = self.losses(outputs, layers, logits, boxes, (layer, image, query, target), union, truth, max(1, len(labels)))
+        losses = self.losses(outputs, layers, logits, boxes, (layer, image, query, target), union, truth, share_of(len(labels), labels.device))
         if "denoising" in outputs:
             outputs = outputs["denoising"]
             layers, logits, boxes = stack_layers(outputs)
             matches = outputs["matches"]
-            copies = self.losses(outputs, layers, logits, boxes, repeat_matches(matches, len(layers)), matches, truth, len(matches[0]))
+            copies = self.losses(outputs, layers, logits, boxes, repeat_matches(matches, len(layers)), matches, truth, share_of(len(matches[0]), labels.device))
             losses |= {f"{name}_dn": value for name, value in copies.items()}
         return losses
 
@@ -55,7 +56,7 @@ class RefinementCriterion(nn.Module):
         terms = {"class": quality_loss(logits, quality).sum((1, 2)) / total}
 
         image, query, target = union
-        total = max(1, len(image))
+        total = share_of(len(image), logits.device)
         predicted, wanted = boxes[:, image, query], wanted[target]
         iou, giou = pairwise_giou(to_xyxy(predicted), to_xyxy(wanted))
         terms["bbox"] = (predicted - wanted).abs().sum((1, 2)) / total

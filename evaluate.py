@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 import plots
 from checkpoint import load_detector
 from datasets import DetectionDataset, collate, read_image
+from distributed import gathered
 from errors import UserError, run
 from layouts import load_splits
 from mistakes import confusion, find_cases, worst
@@ -29,7 +30,8 @@ NAMES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_1", "AR_
 
 @torch.no_grad()
 def evaluate(model, postprocess, loader, split, device):
-    """-> ({figure: value}, {index: detections on the CPU}); -1 where there is nothing to measure, as in pycocotools."""
+    """-> ({figure: value}, {index: detections on the CPU}); -1 where there is nothing to measure, as in pycocotools. Of several
+    processes each has a part of the pictures, and all get the figures of the whole."""
     model.eval()
     found = {}
     for images, mask, targets in loader:
@@ -37,6 +39,7 @@ def evaluate(model, postprocess, loader, split, device):
         sizes = torch.stack([t["orig_size"] for t in targets]).to(device)
         for target, detections in zip(targets, postprocess(outputs, sizes)):
             found[target["image_id"]] = {key: value.cpu() for key, value in detections.items()}
+    found = gathered(found)
     return coco_figures(split, found), found
 
 

@@ -1,12 +1,13 @@
-"""Trains a detector. One process, one loop.
+"""Trains a detector. One loop, for one process or several.
 
     python train.py                                              the demo: draws a data set, trains on it from nothing
-    python train.py --data DIR                                   your data, COCO or Pascal VOC, on a pretrained ECViT
+    python train.py --data DIR                                   your data, on a pretrained ECViT
     python train.py --data DIR --backbone dinov3-vits16          another backbone, weights from the Hugging Face hub
     python train.py --data DIR --detector ecdet                  another detector
     python train.py --data DIR --init ecdet_s.pth                from a checkpoint: a released ECDet's, or of a run of yours
     python train.py --data DIR --recipe meta                     DETR as it was published in 2020
     python train.py --resume runs/demo                           goes on exactly where the run was stopped
+    torchrun --nproc-per-node 8 train.py --data DIR              eight GPUs, which share each batch
 
 A run leaves config.json, log.jsonl, last.pth, best.pth, curves.png, train_batch.png, val_samples.png and, at its
 end, precision_recall.png, confusion.png and mistakes.png in runs/NAME.
@@ -23,10 +24,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
+import distributed
 import plots
 from backbones import parameter_depths
 from checkpoint import read_checkpoint, save_checkpoint, start_from
@@ -46,19 +49,22 @@ MUON_DECAY = 0.1
 
 def main():
     given, resume = parse_arguments(__doc__)
+    rank, world, device = distributed.start()
     saved = read_checkpoint(Path(resume) / "last.pth") if resume else None
     if saved and "optimizers" not in saved.get("training", {}):
         raise UserError(f"{resume}/last.pth: holds no optimiser's state, or one of an earlier version; infer.py and evaluate.py still open it")
 
     # Data
-    train, val = prepare_data(saved["config"] if saved else given)
+    with distributed.first_goes_first():
+        train, val = prepare_data(saved["config"] if saved else given)
     initial = read_checkpoint(given["init"]) if given.get("init") else None
-    s = DEFAULTS | saved["config"] if saved else settle(given, train, initial and initial["config"])
+    s = distributed.from_first(DEFAULTS | saved["config"] if saved else settle(given, train, initial and initial["config"]))
+    if s["batch_size"] % world:
+        raise UserError(f"a batch of {s['batch_size']} can't be shared by {world} processes; choose another --batch-size")
     if saved and saved["classes"] != train.classes:
         raise UserError(f"{s['data']}: its classes are no longer those that {resume} was trained on")
 
     # Model
-    device = torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     torch.manual_seed(s["seed"])
     without_weights = {**s, "backbone_weights": None}
     model, criterion, postprocess = build_model(without_weights if saved else s)
@@ -90,10 +96,16 @@ def main():
         torch.set_rng_state(state["rng"])
         if device.type == "cuda" and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"])
-    open_folder(folder, s, step)
-    board = open_board(folder) if s["tensorboard"] else None
+    if rank:
+        torch.manual_seed(s["seed"] + 1000 * rank + step)
+    else:
+        open_folder(folder, s, step)
+    board = open_board(folder) if s["tensorboard"] and not rank else None
+    trained = model if world == 1 else DistributedDataParallel(model, [device] if device.type == "cuda" else None, find_unused_parameters=True)
 
     def save(name, **more):
+        if rank:
+            return
         content = {"model": detector.state_dict(), "config": s, "classes": train.classes, "category_ids": train.category_ids}
         save_checkpoint(folder / name, content | more)
 
@@ -118,89 +130,94 @@ def main():
     augmentation = train_transforms(s["image_size"], s["augment"], s["color_jitter"], s["rotate"], s["square"])
     train_set = DetectionDataset(train, augmentation, cache_bytes)
     val_set = DetectionDataset(val, eval_transforms(s["image_size"], s["square"]), cache_bytes)
-    batches = EndlessBatches(len(train_set), s["batch_size"], s["seed"], phase, first=step * s["accumulate"])
+    batches = EndlessBatches(len(train_set), s["batch_size"], s["seed"], phase, step * s["accumulate"], (rank, world))
     # A loader draws a number when it starts; with a generator of its own it leaves the training's alone.
     stream = iter(DataLoader(train_set, batch_sampler=batches, generator=torch.Generator(), **workers))
-    val_loader = DataLoader(val_set, batch_size=s["batch_size"], generator=torch.Generator(), **workers)
+    val_loader = DataLoader(val_set, batch_size=max(1, s["batch_size"] // world), sampler=range(rank, len(val_set), world), generator=torch.Generator(), **workers)
 
     # Training
     stop = []  # filled by Ctrl-C: the step under way is finished first
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.append(True))
-    last_evaluation, evaluation_seconds, bad_steps, best_found, patience_over = time.time(), 0.0, 0, None, False
-    bar = tqdm(total=100, bar_format="{desc} {percentage:3.0f}% {bar:20} {postfix}", disable=None, leave=False)
-    while used(step) < 1 and not stop and not patience_over:
-        started = time.time()
-        model.train()
-        train_backbone = step // steps_per_epoch >= s["freeze_backbone"]
-        model.backbone.requires_grad_(train_backbone).train(train_backbone)
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = group["peak_lr"] * learning_rate_factor(used(step), s)
-        for _ in range(s["accumulate"]):
-            images, mask, targets = next(stream)
-            if step == 0 and not counted:
-                plots.draw_batch(images, mask, targets, train.classes).save(folder / "train_batch.png")
-            images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
-            mask = mask.to(device, non_blocking=True)
-            targets = [{key: value.to(device) for key, value in t.items() if torch.is_tensor(value)} for t in targets]
-            with autocast(s, device):
-                outputs = model(images, mask, targets)
-            losses = criterion(outputs, targets)
-            loss = sum(losses.values())
-            (loss / s["accumulate"]).backward()
-            sums = {name: sums.get(name, 0.0) + value.detach() for name, value in losses.items()}
-            counted += 1
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s["clip"] or math.inf)
-        if torch.isfinite(norm):
-            for optimizer in optimizers:
-                optimizer.step()
-            bad_steps = 0
-        else:  # the weights stay as they were
-            bad_steps += 1
-            tqdm.write(f"step {step}: the loss or a gradient is not finite; step left out")
-            if bad_steps == 10:
-                raise UserError(f"ten steps in a row without a finite loss; try a lower --lr than {s['lr']}, or --precision float32")
-        model.zero_grad()
-        if average is not None:
-            update_average(average, model, step, s["ema_horizon"])
-        step += 1
-        spent += time.time() - started
-        if not bar.disable and step % 5 == 0:
-            left = spent / used(step) - spent
-            bar.n = min(100, 100 * used(step))
-            bar.set_description_str(f"epoch {math.ceil(step / steps_per_epoch)}")
-            bar.set_postfix_str(f"loss {float(loss):.2f}  {step / spent * 60:.0f} steps/min  {left // 60:.0f}:{left % 60:02.0f} left")
-        if step % steps_per_epoch and used(step) < 1:
-            continue
-
-        # End of an epoch, or of the budget
-        epoch = math.ceil(step / steps_per_epoch)
-        row = {"epoch": epoch, "step": step, "minutes": round(spent / 60, 3), "lr": optimizers[0].param_groups[-1]["lr"]}
-        row["losses"] = {name: round(float(value) / counted, 5) for name, value in sums.items()}
-        sums, counted = {}, 0
-        due = epoch % s["eval_every"] == 0 if s["eval_every"] else time.time() - last_evaluation >= 9 * evaluation_seconds
-        if due or used(step) >= 1:
+    last_evaluation, evaluation_seconds, bad_steps, best_found = time.time(), 0.0, 0, None
+    stopped = patience_over = False
+    bar = tqdm(total=100, bar_format="{desc} {percentage:3.0f}% {bar:20} {postfix}", disable=True if rank else None, leave=False)
+    with distributed.lost_process(save_last, folder):
+        while used(step) < 1 and not stopped and not patience_over:
             started = time.time()
-            with autocast(s, device):
-                figures, found = evaluate(detector, postprocess, val_loader, val, device)
-            row |= {name: round(value, 4) for name, value in figures.items()}
-            if figures["AP"] >= best:
-                best, best_epoch, best_found = figures["AP"], epoch, found
-                save("best.pth", figures=figures)
-                draw_samples(val_set, found, val.classes).save(folder / "val_samples.png")
-        with open(folder / "log.jsonl", "a") as log:
-            log.write(json.dumps(row) + "\n")
-        if board is not None:
-            log_scalars(board, row)
-        if "AP" in row:
-            patience_over = s["patience"] is not None and epoch - best_epoch >= s["patience"]
-            plots.draw_curves(folder / "log.jsonl", folder / "curves.png")
-            last_evaluation, evaluation_seconds = time.time(), time.time() - started
-        measured = f"AP {row['AP']:.3f}  AP50 {row['AP50']:.3f}" if "AP" in row else "AP -"
-        tqdm.write(f"epoch {epoch:3d}  {spent / 60:5.1f} min  loss {sum(row['losses'].values()):7.3f}  {measured}")
-        save_last()
-        if s["keep_every"] and epoch % s["keep_every"] == 0:
-            save(f"epoch{epoch:04d}.pth")
+            model.train()
+            train_backbone = step // steps_per_epoch >= s["freeze_backbone"]
+            model.backbone.requires_grad_(train_backbone).train(train_backbone)
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+                group["lr"] = group["peak_lr"] * learning_rate_factor(used(step), s)
+            for _ in range(s["accumulate"]):
+                images, mask, targets = next(stream)
+                if step == 0 and not counted and not rank:
+                    plots.draw_batch(images, mask, targets, train.classes).save(folder / "train_batch.png")
+                images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
+                mask = mask.to(device, non_blocking=True)
+                targets = [{key: value.to(device) for key, value in t.items() if torch.is_tensor(value)} for t in targets]
+                with autocast(s, device):
+                    outputs = trained(images, mask, targets)
+                losses = criterion(outputs, targets)
+                loss = sum(losses.values())
+                (loss / s["accumulate"]).backward()
+                sums = {name: sums.get(name, 0.0) + value.detach() for name, value in losses.items()}
+                counted += 1
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s["clip"] or math.inf)
+            if torch.isfinite(norm):
+                for optimizer in optimizers:
+                    optimizer.step()
+                bad_steps = 0
+            else:  # the weights stay as they were
+                bad_steps += 1
+                tqdm.write(f"step {step}: the loss or a gradient is not finite; step left out")
+                if bad_steps == 10:
+                    raise UserError(f"ten steps in a row without a finite loss; try a lower --lr than {s['lr']}, or --precision float32")
+            model.zero_grad()
+            if average is not None:
+                update_average(average, model, step, s["ema_horizon"])
+            step += 1
+            spent, stopped = distributed.most_of([spent + time.time() - started, float(bool(stop))], device)
+            if not bar.disable and step % 5 == 0:
+                left = spent / used(step) - spent
+                bar.n = min(100, 100 * used(step))
+                bar.set_description_str(f"epoch {math.ceil(step / steps_per_epoch)}")
+                bar.set_postfix_str(f"loss {float(loss):.2f}  {step / spent * 60:.0f} steps/min  {left // 60:.0f}:{left % 60:02.0f} left")
+            if step % steps_per_epoch and used(step) < 1:
+                continue
+
+            # End of an epoch, or of the budget
+            epoch = math.ceil(step / steps_per_epoch)
+            row = {"epoch": epoch, "step": step, "minutes": round(spent / 60, 3), "lr": optimizers[0].param_groups[-1]["lr"]}
+            row["losses"] = {name: round(float(distributed.mean_of(value / counted, device)), 5) for name, value in sums.items()}
+            sums, counted = {}, 0
+            due = epoch % s["eval_every"] == 0 if s["eval_every"] else time.time() - last_evaluation >= 9 * evaluation_seconds
+            if distributed.from_first(due) or used(step) >= 1:
+                started = time.time()
+                with autocast(s, device):
+                    figures, found = evaluate(detector, postprocess, val_loader, val, device)
+                row |= {name: round(value, 4) for name, value in figures.items()}
+                if figures["AP"] >= best:
+                    best, best_epoch, best_found = figures["AP"], epoch, found
+                    save("best.pth", figures=figures)
+                    if not rank:
+                        draw_samples(val_set, found, val.classes).save(folder / "val_samples.png")
+            if not rank:
+                with open(folder / "log.jsonl", "a") as log:
+                    log.write(json.dumps(row) + "\n")
+            if board is not None:
+                log_scalars(board, row)
+            if "AP" in row:
+                patience_over = s["patience"] is not None and epoch - best_epoch >= s["patience"]
+                if not rank:
+                    plots.draw_curves(folder / "log.jsonl", folder / "curves.png")
+                last_evaluation, evaluation_seconds = time.time(), time.time() - started
+            measured = f"AP {row['AP']:.3f}  AP50 {row['AP50']:.3f}" if "AP" in row else "AP -"
+            tqdm.write(f"epoch {epoch:3d}  {spent / 60:5.1f} min  loss {sum(row['losses'].values()):7.3f}  {measured}")
+            save_last()
+            if s["keep_every"] and epoch % s["keep_every"] == 0:
+                save(f"epoch{epoch:04d}.pth")
 
     bar.close()
     if patience_over:
@@ -209,7 +226,7 @@ def main():
         save_last()
         print(f"stopped after step {step}; go on with: python train.py --resume {folder}")
         sys.exit(130)
-    if best_found is not None:
+    if best_found is not None and not rank:
         draw_report(val, best_found, folder)
     print(f"best AP {best:.3f} after {spent / 60:.1f} minutes of training; curves and pictures are in {folder}. To detect:")
     print(f"  python infer.py PICTURE --checkpoint {folder / 'best.pth'}")

@@ -115,7 +115,7 @@ def main():
     if arguments.relative:
         return
 
-    model = fold(model.eval())
+    model = fold(model.eval()).requires_grad_(False)
     images, mask = picture_batch(1, arguments.image_size, device)
     with torch.no_grad():
         with FlopCounterMode(display=False) as counter:

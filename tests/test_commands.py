@@ -12,6 +12,7 @@ import torch
 from conftest import ROOT, write_coco
 from PIL import Image
 
+import benchmark
 import check_dims
 import compare_patches
 import evaluate
@@ -19,6 +20,7 @@ import features
 import infer
 import train
 from backbones import build_backbone
+from detr_model import DETECTORS
 from errors import run
 
 SMALL = ["--backbone", "ecvit-nano", "--image-size", "48", "--batch-size", "4", "--num-queries", "10"]
@@ -261,3 +263,11 @@ def test_patches_are_compared(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "p.png").exists()
     status, _, err = called(compare_patches.main, ["--backbone", "ecvitt"], monkeypatch, capsys)
     assert status == 2 and "not a plain vision transformer" in err
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_the_benchmark_measures_any_detector(detector, monkeypatch, capsys):
+    arguments = ["--detector", detector, "--size", "nano", "--backbone", "ecvit-nano", "--image-size", 64, "--train-size", 64, "--batch-size", 2, "--repeats", 1]
+    status, out, err = called(benchmark.main, arguments, monkeypatch, capsys)
+    assert status == 0, err
+    assert "training step, 2 x 64x64, float32" in out and "inference, 1 x 64x64, float32" in out and "GFLOPs" in out

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torchvision.transforms.v2 import functional as TF
 
 from backbones import build_backbone, find_spec
-from datasets import read_image
+from detector import to_image
 from errors import UserError, run
+from plots import pyplot
 from transforms import MEAN, STD
 from weights import with_patch_size
 
@@ -40,11 +41,7 @@ def patch_embedding(backbone):
 
 def draw_distributions(values, out, title):
     """values: {name: (embeddings, features)} -> histograms, one panel for each of the two."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for i, (panel, what) in enumerate(zip(panels, ("patch embeddings", "normed tokens of the last block"))):
         reach = max(float(v[i].abs().flatten()[:1_000_000].quantile(0.999)) for v in values.values())
@@ -83,10 +80,7 @@ def main():
     backbone = build_backbone(arguments.backbone, arguments.weights).eval()
     old, new = spec.patch, arguments.patch_size
     if arguments.picture:
-        try:
-            image = read_image(arguments.picture)
-        except Exception as error:  # PIL raises many kinds on broken files
-            raise UserError(f"{arguments.picture}: can't be read ({error})") from None
+        image = to_image(arguments.picture)
         grid = [max(1, round(arguments.grid * n / min(image.size))) for n in (image.height, image.width)]
         pixels = TF.normalize(TF.to_dtype(TF.pil_to_tensor(image), torch.float32, scale=True), MEAN, STD)[None]
         pixels = F.interpolate(pixels, [old * n for n in grid], mode="bicubic", antialias=True)

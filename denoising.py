@@ -55,3 +55,9 @@ def make_denoising(targets, num_classes, num_queries, copies=100):
     group = torch.cat([place // (2 * most), place.new_full((num_queries,), -1)])
     blocked = (group[None] != -1) & (group[: len(place), None] != group[None])
     return Denoising(labels, boxes, blocked, matches)
+
+
+def split_queries(layers, count):
+    """layers: [{name: (B, Q, ...)}] -> the same of the first `count` queries, and of the others."""
+    parts = [{key: value.split([count, value.shape[1] - count], dim=1) for key, value in layer.items()} for layer in layers]
+    return tuple([{key: value[i] for key, value in layer.items()} for layer in parts] for i in (0, 1))

@@ -20,7 +20,7 @@ from backbones import backbone_of, build_pyramid
 from detr_loss import HungarianMatcher, PostProcess, SetCriterion
 from dino_model import build_dino
 from ecdet_model import build_ecdet
-from layers import Attention, Mlp, grid_embedding, padding_bias, sine_embedding
+from layers import Attention, Mlp, grid_embedding, padding_bias, sine_embedding, unpadded_size
 from refinement import shift_boxes
 from ssd_model import build_ssd
 
@@ -44,7 +44,7 @@ def cell_coordinates(mask, size, stride):
     mask (B, H, W) True on padding, which lies at the right and the bottom; size (h, w) of the map -> y (B, h), x (B, w),
     over 1 on padding, and cell (B, 2), width and height.
     """
-    cell = stride / torch.stack([(~mask).any(1).sum(1), (~mask).any(2).sum(1)], dim=1)
+    cell = stride / unpadded_size(mask)
     y, x = (torch.arange(n, device=mask.device) + 0.5 for n in size)
     return y * cell[:, 1:], x * cell[:, :1], cell
 

@@ -11,9 +11,9 @@ from torch import nn
 
 from backbones import backbone_of, build_pyramid
 from deformable import ProjectedDeformableAttention
-from denoising import make_denoising
+from denoising import make_denoising, split_queries
 from detr_loss import HungarianMatcher, PostProcess, SetCriterion
-from layers import Attention, Mlp, sine_embedding
+from layers import Attention, Mlp, sine_embedding, unpadded_size
 
 POINTS = 4  # on each level
 TEMPERATURE = 20  # of the cells' position embedding
@@ -129,7 +129,7 @@ class DINO(nn.Module):
             boxes = before.detach()
         if not self.training:
             return {**outputs[-1], "aux_outputs": []}
-        of_copies, of_queries = ([{key: value[:, part] for key, value in layer.items()} for layer in outputs] for part in (slice(copies), slice(copies, None)))
+        of_copies, of_queries = split_queries(outputs, copies)
         found = {**of_queries[-1], "aux_outputs": of_queries[:-1], "enc": enc}
         if noisy:
             found["denoising"] = {**of_copies[-1], "aux_outputs": of_copies[:-1], "matches": noisy.matches}
@@ -154,9 +154,8 @@ def cells(mask, sizes, strides):
     """mask (B, H, W) True on padding, sizes [(h, w)] and strides of the levels, finest first -> share (B, L, 2) of each level's width
     and height that is no padding; centres (B, N, 2) x, y of all cells in units of the unpadded picture, and sides (N,) of their
     anchors; padding (B, N), where centres lie beyond it."""
-    pixels = torch.stack([(~mask).any(1).sum(1), (~mask).any(2).sum(1)], dim=1)  # (B, 2) width, height
     extents = torch.tensor([[w * stride, h * stride] for (h, w), stride in zip(sizes, strides)], device=mask.device)
-    share = pixels[:, None] / extents
+    share = unpadded_size(mask)[:, None] / extents
     centres, sides = [], []
     for level, (h, w) in enumerate(sizes):
         y, x = torch.meshgrid(*((torch.arange(n, device=mask.device) + 0.5) / n for n in (h, w)), indexing="ij")

@@ -12,12 +12,12 @@ from torch import nn
 
 from backbones import backbone_of, build_pyramid
 from deformable import DeformableAttention
-from denoising import make_denoising
+from denoising import make_denoising, split_queries
 from detr_loss import HungarianMatcher, PostProcess
 from ecdet_loss import RefinementCriterion
 from ecvit import ConvNorm
 from errors import UserError
-from layers import Mlp
+from layers import Mlp, unpadded_size
 from refinement import REG_MAX, corners_to_boxes, shift_boxes
 
 HEADS, POINTS = 8, (3, 6, 3)  # sampling points on each level
@@ -314,12 +314,6 @@ class Decoder(nn.Module):
         return found
 
 
-def split_queries(layers, count):
-    """layers: [{name: (B, Q, ...)}] -> the same of the first `count` queries, and of the others."""
-    parts = [{key: value.split([count, value.shape[1] - count], dim=1) for key, value in layer.items()} for layer in layers]
-    return tuple([{key: value[i] for key, value in layer.items()} for layer in parts] for i in (0, 1))
-
-
 def as_outputs(layers):
     """[first layer's, ..., last layer's, pre] -> one dictionary."""
     *aux, last, pre = layers
@@ -364,7 +358,7 @@ class ECDet(nn.Module):
     def forward(self, images, mask, targets=None):
         features = self.pyramid(self.backbone(images))
         h, w = (n * self.pyramid.strides[0] for n in features[0].shape[-2:])
-        share = torch.stack([(~mask).any(1).sum(1) / w, (~mask).any(2).sum(1) / h], dim=1)
+        share = unpadded_size(mask) / torch.tensor([w, h], device=mask.device)
         return self.decoder(self.encoder(features), share, targets)
 
 

@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from backbones import build_backbone, find_spec, parse_layers
 from checkpoint import load_detector
-from datasets import read_image
+from detector import to_image
 from errors import UserError, run
 from plots import heading, tile
 from transforms import MEAN, STD
@@ -65,12 +65,7 @@ def main():
         raise UserError(f"--image-size has to be more than 0, not {arguments.image_size}")
     layers = parse_layers(arguments.layers)
 
-    images = []
-    for path in arguments.pictures:
-        try:
-            images.append(read_image(path))
-        except Exception as error:  # PIL raises many kinds on broken files
-            raise UserError(f"{path}: can't be read ({error})") from None
+    images = [to_image(path) for path in arguments.pictures]
     columns = [[heading(image, Path(path).name) for image, path in zip(images, arguments.pictures)]]
     for entry in [*arguments.backbone, *arguments.checkpoint]:
         if entry in arguments.backbone:

@@ -34,6 +34,11 @@ def grid_embedding(y, x, dim):
     return torch.cat([sine_embedding(y, dim // 2), sine_embedding(x, dim // 2)], dim=-1).flatten(1, 2)
 
 
+def unpadded_size(mask):
+    """mask (B, H, W) True on padding, which lies at the right and the bottom -> (B, 2) width and height of what is none."""
+    return torch.stack([(~mask).any(1).sum(1), (~mask).any(2).sum(1)], dim=1)
+
+
 def padding_bias(padding):
     """padding (B, N) -> what to add to attention scores, (B, 1, 1, N), or None where nothing is padded, as in an exported network."""
     if torch.compiler.is_exporting() or not padding.any():

@@ -341,8 +341,7 @@ def yolo_record(file, classes, path):
     labels = Path(*parents).with_suffix(".txt")
     try:
         with Image.open(file) as image:  # shares become pixels of the upright picture
-            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-            size = image.size[::-1] if turned else image.size
+            size = upright_size(image)
     except Exception:  # what is wrong with it, `check` says
         return make_record(file.stem, file, (0, 0), [])
     rows = []
@@ -365,15 +364,19 @@ def yolo_record(file, classes, path):
     return make_record(file.stem, file, size, rows)
 
 
+def upright_size(image):
+    """(width, height) of a PIL image once it is turned as its EXIF says."""
+    return image.size[::-1] if image.getexif().get(0x0112, 1) in (5, 6, 7, 8) else image.size
+
+
 def probe(record):
     """Decodes a picture (small, where JPEG allows) -> its stored and its upright (width, height), or what is wrong."""
     try:
         with Image.open(record.path) as image:
-            stored = image.size
-            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+            stored, upright = image.size, upright_size(image)
             image.draft("RGB", (stored[0] // 8, stored[1] // 8))
             image.load()
-        return stored, stored[::-1] if turned else stored
+        return stored, upright
     except FileNotFoundError:
         return f"{record.path}: missing"
     except Exception as error:  # PIL raises many kinds on broken files; each is the file's fault

@@ -90,13 +90,19 @@ def draw_samples(samples, names):
     return tile(pairs, 4 if len(pairs) > 2 else 2)
 
 
-def draw_curves(log_path, out):
-    """log.jsonl -> a picture of the losses and of AP over the epochs."""
+def pyplot():
+    """matplotlib.pyplot without a window; imported late, as it takes a second."""
     import matplotlib
 
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    import matplotlib.pyplot
 
+    return matplotlib.pyplot
+
+
+def draw_curves(log_path, out):
+    """log.jsonl -> a picture of the losses and of AP over the epochs."""
+    plt = pyplot()
     rows = [json.loads(line) for line in Path(log_path).read_text().splitlines()]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), sharex=True, layout="constrained")
     epochs = [row["epoch"] for row in rows]
@@ -121,11 +127,7 @@ def draw_curves(log_path, out):
 
 def draw_precision_recall(curves, out):
     """curves: {name: (AP50, precision at 101 recalls from 0 to 1)} -> a picture, the classes with the lowest AP first in the legend."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     recall = [i / 100 for i in range(101)]
     order = sorted(curves, key=lambda name: curves[name][0])
@@ -143,11 +145,7 @@ def draw_precision_recall(curves, out):
 
 def draw_confusion(counts, names, out):
     """counts (K + 1, K + 1) of mistakes.confusion -> a picture; shares of each row as colour, numbers where there is room."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     size = len(counts)
     side = min(24.0, max(5.0, 0.45 * size + 2))
     figure, axes = plt.subplots(figsize=(side, side), layout="constrained")

@@ -8,6 +8,7 @@ from torchvision.models.detection.ssd import SSD, SSDHead
 from torchvision.ops import box_convert, box_iou
 
 from backbones import backbone_of, build_pyramid
+from layers import unpadded_size
 
 STRIDES = (8, 16, 32, 64, 128)
 
@@ -35,7 +36,7 @@ class SSDDetector(nn.Module):
         found = {key: value.float() for key, value in self.head(features).items()}
         features = [feature.float() for feature in features]
         anchors = self.boxes(ImageList(images, [tuple(images.shape[-2:])]), features)[0]
-        pixels = torch.stack([(~mask).any(1).sum(1), (~mask).any(2).sum(1)], dim=1)
+        pixels = unpadded_size(mask)
         boxes = self.box_coder.decode_single(found["bbox_regression"].flatten(0, 1), anchors.repeat(len(images), 1)).view_as(found["bbox_regression"])
         found["pred_logits"] = found["cls_logits"].roll(-1, dims=-1)
         found["pred_boxes"] = box_convert(boxes, "xyxy", "cxcywh") / pixels.repeat(1, 2)[:, None]

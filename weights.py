@@ -70,7 +70,10 @@ def load_transformers(name, spec, weights):
     if is_file:
         if spec.family not in CONVERSIONS:
             raise UserError(f"{source}: a file; {name} takes a Hugging Face folder, or pretrained")
-        state = CONVERSIONS[spec.family](read_state_dict(weights), source)
+        try:
+            state = CONVERSIONS[spec.family](read_state_dict(weights), source)
+        except (KeyError, ValueError, IndexError) as error:  # what every file of this kind has is not there
+            raise UserError(f"{source}: not the weights of {name} ({type(error).__name__}: {first_line(error)})") from None
         load = lambda: model_class.from_pretrained(None, config=config, state_dict=state, **strict)
     else:
         check_architecture(source, config, name, weights)
@@ -245,19 +248,32 @@ def split_qkv(state, names):
     return out
 
 
+def without_decoder(state, source):
+    """The weights but those of a masked autoencoder's decoder; how many these are is said."""
+    kept = {key: value for key, value in state.items() if not key.startswith(("decoder_", "mask_token", "rope_embed_decoder."))}
+    if len(kept) < len(state):
+        print(f"{source}: {len(state) - len(kept)} weights are the decoder's and are left out")
+    return kept
+
+
+# What DINOv2 and MAE name alike, here and there
+COMMON_NAMES = [
+    (r"^(cls_token|mask_token|register_tokens)$", r"embeddings.\1"),
+    (r"^pos_embed$", "embeddings.position_embeddings"),
+    (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
+    (r"^blocks\.(?:\d+\.)?(\d+)\.(?=[a-z])", r"encoder.layer.\1."),
+    (r"attn\.proj\.", "attention.output.dense."),
+    (r"attn\.qkv", "attention.attention.qkv"),
+    (r"^norm\.", "layernorm."),
+]
+
+
 def convert_dinov2(state, source):
     state = part_of(state, "aggregator.patch_embed.", "VGGT's patch encoder", source)
-    state = rename(state, [
-        (r"^(cls_token|mask_token|register_tokens)$", r"embeddings.\1"),
-        (r"^pos_embed$", "embeddings.position_embeddings"),
-        (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
-        (r"^blocks\.(?:\d+\.)?(\d+)\.(?=[a-z])", r"encoder.layer.\1."),
-        (r"attn\.proj\.", "attention.output.dense."),
-        (r"attn\.qkv", "attention.attention.qkv"),
+    state = rename(state, COMMON_NAMES + [
         (r"ls([12])\.gamma", r"layer_scale\1.lambda1"),
         (r"mlp\.w12\.", "mlp.weights_in."),
         (r"mlp\.w3\.", "mlp.weights_out."),
-        (r"^norm\.", "layernorm."),
     ])  # fmt: skip
     return split_qkv(state, ("query", "key", "value"))
 
@@ -308,10 +324,7 @@ def convert_mum(state, source):
     periods = state.get("rope_embed.periods")
     if periods is not None and not torch.allclose(periods.float(), 100 ** (torch.arange(len(periods)) / len(periods)), rtol=1e-2):
         raise UserError(f"{source}: its rotary periods are not those of MuM")
-    decoder = [key for key in state if key.startswith(("decoder_", "mask_token", "rope_embed_decoder."))]
-    if decoder:
-        print(f"{source}: {len(decoder)} weights are the decoder's and are left out")
-    state = {key: value for key, value in state.items() if key not in decoder}
+    state = without_decoder(state, source)
     width, depth = state["cls_token"].shape[-1], 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
     state |= {f"blocks.{i}.ls{j}.gamma": torch.ones(width) for i in range(depth) for j in (1, 2)}
     state |= {"storage_tokens": torch.zeros(1, 0, width), "mask_token": torch.zeros(1, width)}
@@ -323,21 +336,11 @@ def convert_mum(state, source):
 
 
 def convert_mae(state, source):
-    decoder = [key for key in state if key.startswith(("decoder_", "mask_token"))]
-    if decoder:
-        print(f"{source}: {len(decoder)} weights are the decoder's and are left out")
-    state = rename({key: value for key, value in state.items() if key not in decoder}, [
-        (r"^cls_token$", "embeddings.cls_token"),
-        (r"^pos_embed$", "embeddings.position_embeddings"),
-        (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
-        (r"^blocks\.", "encoder.layer."),
-        (r"attn\.proj\.", "attention.output.dense."),
-        (r"attn\.qkv", "attention.attention.qkv"),
+    state = rename(without_decoder(state, source), COMMON_NAMES + [
         (r"(layer\.\d+)\.norm1\.", r"\1.layernorm_before."),
         (r"(layer\.\d+)\.norm2\.", r"\1.layernorm_after."),
         (r"mlp\.fc1\.", "intermediate.dense."),
         (r"mlp\.fc2\.", "output.dense."),
-        (r"^norm\.", "layernorm."),
     ])  # fmt: skip
     return split_qkv(state, ("query", "key", "value"))
 

@@ -90,5 +90,5 @@ def test_the_difference_of_two_detections():
     assert furthest(a, swapped) == (0.0, 0.0)
     moved = a[0], a[1], a[2] + torch.tensor([0, 0, 0, 0.25])
     assert furthest(a, moved) == (0.0, 0.25)
-    assert furthest(a, (a[0], torch.tensor([0, 1, 2]), a[2]))[0] > 1e-3 or furthest(a, (a[0], torch.tensor([0, 1, 2]), a[2]))[1] > 0.5
+    assert furthest(a, (a[0], torch.tensor([0, 1, 2]), a[2])) == (0.0, 6.0)  # the third has no other of its class but the second
     assert furthest(a, (a[0], torch.tensor([2, 2, 2]), a[2])) == (float("inf"), float("inf"))

@@ -157,7 +157,6 @@ def test_mae_masks_nothing_and_keeps_the_patches_in_order(tiny_specs):
         first, again = backbone(images)[0], backbone(images)[0]
         images[:, :, 32:48, 80:] += 1  # the patch in the third row and last column
         changed = backbone(images)[0]
-        embedded = lambda x: backbone.model.embeddings.patch_embeddings(x, interpolate_pos_encoding=True)
     assert torch.equal(first, again)
     assert (changed - first).abs().sum(1)[0].argmax() == 2 * 6 + 5
 
@@ -223,6 +222,10 @@ def test_the_authors_own_files_load(tiny_specs, tmp_path, capsys):
     torch.save(mum | {"rope_embed.periods": torch.arange(4.0)}, tmp_path / "wrong.pth")
     with pytest.raises(UserError, match="rotary periods"):
         build_backbone("tiny-mum-vitl16", tmp_path / "wrong.pth")
+    torch.save({"something": torch.zeros(3)}, tmp_path / "wrong.pth")
+    for name in ("tiny-mum-vitl16", "tiny-mae-vitb16", "tiny-vggt-vitl14"):
+        with pytest.raises(UserError, match=f"not the weights of {name}"):
+            build_backbone(name, tmp_path / "wrong.pth")
     torch.save(mum | {"decoder_norm.weight": torch.zeros(8), "mask_token": torch.zeros(1, 1, 8)}, tmp_path / "whole.pth")
     build_backbone("tiny-mum-vitl16", tmp_path / "whole.pth")
     assert "2 weights are the decoder's and are left out" in capsys.readouterr().out

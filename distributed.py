@@ -6,11 +6,18 @@ Every function does nothing, or gives back what it was given, where there is one
 import os
 import re
 import sys
+import warnings
 from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from errors import UserError
 
@@ -31,6 +38,12 @@ def start():
 
 def several():
     return dist.is_available() and dist.is_initialized()
+
+
+def share(count):
+    """Which of so many things this process sees to. All get equally many, for they have to meet at every batch: some things come twice."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if several() else (0, 1)
+    return [i % count for i in range(rank, -(-count // world) * world, world)]
 
 
 def mean_of(value, device):
@@ -78,16 +91,71 @@ def gathered(found):
     return {key: value for box in boxes for key, value in box.items()}
 
 
+# One model on several processes: each has all of it, or, where it is sharded, a part of its backbone
+
+
+def shard(backbone, device):
+    """Spreads a backbone's weights over the processes, and with them its gradients and the optimiser's state; a block's are gathered when
+    it is needed. On several machines as on one."""
+    warnings.filterwarnings("ignore", ".*returned a view tensor", UserWarning)  # nothing changes the maps in place
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for block in max((m for m in backbone.modules() if isinstance(m, nn.ModuleList)), key=len):
+        fully_shard(block, mesh=mesh)
+    fully_shard(backbone, mesh=mesh)
+
+
+def replicate(model, device):
+    """The model whose backward pass averages the gradients over the processes; those of a sharded part are averaged already."""
+    sharded = [name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sharded)
+    return DistributedDataParallel(model, [device] if device.type == "cuda" else None, find_unused_parameters=True)
+
+
+def local(tensor):
+    """This process's part of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(state):
+    """A model's or an optimiser's state -> the same with nothing sharded, on the CPU what was. All processes have to ask for it."""
+    if isinstance(state, dict):
+        return {key: whole(value) for key, value in state.items()}
+    return state.full_tensor().cpu() if isinstance(state, DTensor) else state
+
+
+def spread(state, optimizer):
+    """The other way round, for the optimiser of a sharded model: its whole state -> this process's part."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    like = lambda value, p: distribute_tensor(value, p.device_mesh, p.placements) if isinstance(p, DTensor) and value.shape == p.shape else value
+    return state | {"state": {i: {key: like(value, parameters[i]) for key, value in values.items()} for i, values in state["state"].items()}}
+
+
+def clip_gradients(parameters, longest):
+    """Shortens all gradients together to that norm -> their norm before."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    parts = [gradient.to_local() for gradient in gradients if isinstance(gradient, DTensor)]
+    if not parts:
+        return clip_grad_norm_(parameters, longest)
+    wholes = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+    square = get_total_norm(parts) ** 2
+    dist.all_reduce(square)
+    norm = (square + get_total_norm(wholes) ** 2).sqrt()
+    torch._foreach_mul_(parts + wholes, (longest / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
 @contextmanager
 def lost_process(save, folder):
-    """Around the training: where another process is gone, saves what can be saved and says how to go on."""
+    """Around the training: where another process is gone, saves what can be saved (save may be None) and says how to go on."""
     try:
         yield
     except RuntimeError as error:
         if not several() or not (isinstance(error, dist.DistError) or re.search("gloo|nccl", str(error), re.IGNORECASE)):
             raise  # a fault of this process's own
-        save()
-        raise UserError(f"another process was lost ({str(error).strip().splitlines()[0][:120]}); go on with: torchrun ... train.py --resume {folder}") from None
+        if save is not None:
+            save()
+        go_on = f"go on with: torchrun ... train.py --resume {folder}" if (folder / "last.pth").exists() else "nothing was saved yet"
+        raise UserError(f"another process was lost ({str(error).strip().splitlines()[0][:120]}); {go_on}") from None
 
 
 @contextmanager

@@ -53,7 +53,7 @@ DEFAULTS = dict(
     ema=True, ema_horizon=None,  # steps that the running average looks back at most
     precision="auto", seed=0,
     # run
-    out=None, eval_every=0, keep_every=0, patience=None, tensorboard=False,
+    out=None, eval_every=0, keep_every=0, patience=None, tensorboard=False, shard=False,
 )  # fmt: skip
 
 RECIPES = {
@@ -109,6 +109,7 @@ def parse_arguments(description):
     model.add_argument("--init", metavar="FILE", help="start from this checkpoint: best.pth of a run, or a released ECDet (ecdet_s.pth, a folder, Intellindust/ECDet_S); it decides the architecture")
     model.add_argument("--freeze-backbone", metavar="N", help="epochs before the backbone is trained, or all (default 0; meta: 100)")
     model.add_argument("--checkpoint-activations", action="store_true", help="recompute the backbone's activations: less memory, slower")
+    model.add_argument("--shard", action="store_true", help="with torchrun: spread the backbone's weights and its optimiser's state over the processes (FSDP), where they are too large for one GPU")
     model.add_argument("--pyramid", choices=PYRAMIDS, help="maps for the detector: own, the backbone's as they are (default for detr); resize, the nearest of them resized (ecdet, where the own don't fit); simple, ViTDet's (dino, ssd)")
     model.add_argument("--layers", metavar="I,J,..", help="blocks of a plain ViT, counted from 0, whose maps are used, the earliest for the finest level (default: the last alone)")
     model.add_argument("--patch-size", type=int, metavar="P", help="a plain ViT's patches, its filters resampled: 16 for DINOv2 fits every other size here (default: its own)")

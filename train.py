@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
@@ -61,6 +61,9 @@ def main():
     s = distributed.from_first(DEFAULTS | saved["config"] if saved else settle(given, train, initial and initial["config"]))
     if s["batch_size"] % world:
         raise UserError(f"a batch of {s['batch_size']} can't be shared by {world} processes; choose another --batch-size")
+    if s["shard"] and world == 1 and not saved:
+        raise UserError("--shard spreads the backbone over several processes; start them with torchrun --nproc-per-node N train.py")
+    shard = s["shard"] and world > 1
     if saved and saved["classes"] != train.classes:
         raise UserError(f"{s['data']}: its classes are no longer those that {resume} was trained on")
 
@@ -70,15 +73,20 @@ def main():
     model, criterion, postprocess = build_model(without_weights if saved else s)
     if initial:
         start_from(model, initial, train.classes, given["init"])
+    if saved:
+        model.load_state_dict(saved["training"]["model"])
     if s["checkpoint_activations"]:
         model.backbone.checkpoint_activations()
-    model.to(device, memory_format=torch.channels_last)
-    optimizers = build_optimizers(model, s)
     average = None  # running average of the weights: what is evaluated and kept
     if s["ema"]:
-        average = build_model(without_weights)[0].to(device).requires_grad_(False)
-        average.load_state_dict(model.state_dict())
+        average = build_model(without_weights)[0].requires_grad_(False)
+        average.load_state_dict(saved["model"] if saved else model.state_dict())
+    for part in (model, average) if s["ema"] else (model,):
+        if shard:  # which takes no other memory format
+            distributed.shard(part.backbone, device)
+        part.to(device, memory_format=torch.contiguous_format if shard else torch.channels_last)
     detector = model if average is None else average
+    optimizers = build_optimizers(model, s)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{s['detector']} on {s['backbone']} (weights: {s['init'] or s['backbone_weights']}), {millions:.1f} M parameters, {device.type}, {s['precision']}")
 
@@ -89,10 +97,8 @@ def main():
         state = saved["training"]
         step, spent, best, sums, counted = (state[key] for key in ("step", "spent", "best", "sums", "counted"))
         best_epoch = state.get("best_epoch", 0)
-        model.load_state_dict(state["model"])
-        detector.load_state_dict(saved["model"])
         for optimizer, content in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(content)
+            optimizer.load_state_dict(distributed.spread(content, optimizer))
         torch.set_rng_state(state["rng"])
         if device.type == "cuda" and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"])
@@ -101,19 +107,19 @@ def main():
     else:
         open_folder(folder, s, step)
     board = open_board(folder) if s["tensorboard"] and not rank else None
-    trained = model if world == 1 else DistributedDataParallel(model, [device] if device.type == "cuda" else None, find_unused_parameters=True)
+    trained = model if world == 1 else distributed.replicate(model, device)
 
     def save(name, **more):
-        if rank:
-            return
-        content = {"model": detector.state_dict(), "config": s, "classes": train.classes, "category_ids": train.category_ids}
-        save_checkpoint(folder / name, content | more)
+        content = {"model": distributed.whole(detector.state_dict()), "config": s, "classes": train.classes, "category_ids": train.category_ids}
+        if not rank:
+            save_checkpoint(folder / name, content | more)
 
     def save_last():
         cuda_rng = torch.cuda.get_rng_state() if device.type == "cuda" else None
         save("last.pth", training={
-            "step": step, "spent": spent, "best": best, "best_epoch": best_epoch, "sums": sums, "counted": counted, "model": model.state_dict(),
-            "optimizers": [o.state_dict() for o in optimizers], "rng": torch.get_rng_state(), "cuda_rng": cuda_rng,
+            "step": step, "spent": spent, "best": best, "best_epoch": best_epoch, "sums": sums, "counted": counted,
+            "model": distributed.whole(model.state_dict()), "optimizers": [distributed.whole(o.state_dict()) for o in optimizers],
+            "rng": torch.get_rng_state(), "cuda_rng": cuda_rng,
         })  # fmt: skip
 
     # The budget decides when training ends, what the learning rate is, and how pictures are augmented.
@@ -133,7 +139,7 @@ def main():
     batches = EndlessBatches(len(train_set), s["batch_size"], s["seed"], phase, step * s["accumulate"], (rank, world))
     # A loader draws a number when it starts; with a generator of its own it leaves the training's alone.
     stream = iter(DataLoader(train_set, batch_sampler=batches, generator=torch.Generator(), **workers))
-    val_loader = DataLoader(val_set, batch_size=max(1, s["batch_size"] // world), sampler=range(rank, len(val_set), world), generator=torch.Generator(), **workers)
+    val_loader = DataLoader(val_set, batch_size=max(1, s["batch_size"] // world), sampler=distributed.share(len(val_set)), generator=torch.Generator(), **workers)
 
     # Training
     stop = []  # filled by Ctrl-C: the step under way is finished first
@@ -142,7 +148,7 @@ def main():
     last_evaluation, evaluation_seconds, bad_steps, best_found = time.time(), 0.0, 0, None
     stopped = patience_over = False
     bar = tqdm(total=100, bar_format="{desc} {percentage:3.0f}% {bar:20} {postfix}", disable=True if rank else None, leave=False)
-    with distributed.lost_process(save_last, folder):
+    with distributed.lost_process(None if shard else save_last, folder):
         while used(step) < 1 and not stopped and not patience_over:
             started = time.time()
             model.train()
@@ -150,7 +156,8 @@ def main():
             model.backbone.requires_grad_(train_backbone).train(train_backbone)
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = group["peak_lr"] * learning_rate_factor(used(step), s)
-            for _ in range(s["accumulate"]):
+            for part in range(s["accumulate"]):
+                trained.require_backward_grad_sync = part == s["accumulate"] - 1  # several processes: gradients are sent with the last
                 images, mask, targets = next(stream)
                 if step == 0 and not counted and not rank:
                     plots.draw_batch(images, mask, targets, train.classes).save(folder / "train_batch.png")
@@ -164,7 +171,7 @@ def main():
                 (loss / s["accumulate"]).backward()
                 sums = {name: sums.get(name, 0.0) + value.detach() for name, value in losses.items()}
                 counted += 1
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s["clip"] or math.inf)
+            norm = distributed.clip_gradients(list(model.parameters()), s["clip"] or math.inf)
             if torch.isfinite(norm):
                 for optimizer in optimizers:
                     optimizer.step()
@@ -297,13 +304,14 @@ def build_optimizers(model, s):
         if name.startswith("backbone."):
             lr = s["backbone_lr"] * s["layer_decay"] ** (last - depths[name.removeprefix("backbone.")])
             from_scratch = from_scratch and s["backbone_weights"] == "none"
-        muon = s["optimizer"] == "muon" and from_scratch and is_inner_matrix(name, parameter)
+        sharded = isinstance(parameter, DTensor)  # Muon wants a matrix whole
+        muon = s["optimizer"] == "muon" and from_scratch and is_inner_matrix(name, parameter) and not sharded
         if muon:
             lr, decay = MUON_LR * lr, MUON_DECAY
         else:
             decay = s["weight_decay"] if parameter.ndim > 1 else 0.0
-        groups.setdefault((muon, lr, decay), []).append(parameter)
-    groups = [(muon, {"params": parameters, "lr": lr, "peak_lr": lr, "weight_decay": decay}) for (muon, lr, decay), parameters in groups.items()]
+        groups.setdefault((muon, lr, decay, sharded), []).append(parameter)
+    groups = [(muon, {"params": parameters, "lr": lr, "peak_lr": lr, "weight_decay": decay}) for (muon, lr, decay, _), parameters in groups.items()]
     optimizers = [torch.optim.AdamW([group for muon, group in groups if not muon], fused=True)]
     if any(muon for muon, _ in groups):
         optimizers.append(Muon([group for muon, group in groups if muon], lr=MUON_LR * s["lr"]))
@@ -341,7 +349,7 @@ def update_average(average, model, step, horizon):
     Batch statistics are averaged as well: those of the last few batches are too noisy to evaluate with.
     """
     weight = min(1.0, 12 / (step + 12)) if horizon is None else 1 - (1 - 1 / horizon) * (1 - math.exp(-10 * step / horizon))
-    ours, theirs = list(average.state_dict().values()), list(model.state_dict().values())
+    ours, theirs = ([distributed.local(value) for value in m.state_dict().values()] for m in (average, model))
     real = [i for i, value in enumerate(ours) if value.is_floating_point()]
     torch._foreach_lerp_([ours[i] for i in real], [theirs[i] for i in real], weight)
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+import distributed
 from conftest import ROOT
 from test_commands import command
 
@@ -26,12 +28,12 @@ def rows_of(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] if (folder / "log.jsonl").exists() else []
 
 
-@pytest.mark.parametrize("detector", ["detr", "detr-2020"])
-def test_two_processes_have_the_loss_of_one(detector, tiny_data, tmp_path):
-    arguments = ["--data", tiny_data, "--detector", detector, *BACKBONE, "--steps", 1]
+@pytest.mark.parametrize("detector, alone, also", [("detr", [], []), ("detr-2020", ["--accumulate", 2], []), ("detr", ["--optimizer", "adamw"], ["--shard"])])
+def test_two_processes_have_the_losses_of_one(detector, alone, also, tiny_data, tmp_path):
+    arguments = ["--data", tiny_data, "--detector", detector, *BACKBONE, *alone, "--steps", 3]
     alone = command("train.py", *arguments, "--out", tmp_path / "one", cwd=tmp_path)
     assert alone.returncode == 0, alone.stderr
-    together = torchrun(2, *arguments, "--out", tmp_path / "two", cwd=tmp_path)
+    together = torchrun(2, *arguments, *also, "--out", tmp_path / "two", cwd=tmp_path)
     said, _ = together.communicate(timeout=200)
     assert together.returncode == 0, said
     one, two = rows_of(tmp_path / "one")[0], rows_of(tmp_path / "two")[0]
@@ -41,11 +43,12 @@ def test_two_processes_have_the_loss_of_one(detector, tiny_data, tmp_path):
     assert said.count("test: ") + said.count("val2017: ") == 1  # the second process prints nothing
 
 
-def test_a_lost_process_ends_the_run_and_it_can_be_gone_on_with(tiny_data, tmp_path):
+@pytest.mark.parametrize("also", [[], ["--shard"]])
+def test_a_lost_process_ends_the_run_and_it_can_be_gone_on_with(also, tiny_data, tmp_path):
     run = tmp_path / "run"
-    started = torchrun(2, "--data", tiny_data, *BACKBONE, "--steps", 18, "--out", run, cwd=tmp_path)
+    started = torchrun(2, "--data", tiny_data, *BACKBONE, "--steps", 18, "--out", run, *also, cwd=tmp_path)
     for _ in range(1200):
-        if rows_of(run):
+        if (run / "last.pth").exists():
             break
         time.sleep(0.1)
     victim = next(int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and is_second(p, tmp_path))
@@ -56,8 +59,9 @@ def test_a_lost_process_ends_the_run_and_it_can_be_gone_on_with(tiny_data, tmp_p
     assert "another process was lost" in said and f"--resume {run}" in said
     saved = torch.load(run / "last.pth", map_location="cpu", weights_only=True)["training"]["step"]
     assert saved >= 3
-    resumed = command("train.py", "--resume", run, cwd=tmp_path)
-    assert resumed.returncode == 0, resumed.stderr
+    resumed = torchrun(1 + len(also), "--resume", run, cwd=tmp_path)
+    said, _ = resumed.communicate(timeout=200)
+    assert resumed.returncode == 0, said
     assert rows_of(run)[-1]["step"] == 18
 
 
@@ -73,3 +77,77 @@ def test_a_batch_that_can_not_be_shared(tiny_data, tmp_path):
     process = torchrun(3, "--data", tiny_data, *BACKBONE, "--steps", 1, "--out", tmp_path / "run", cwd=tmp_path)
     said, _ = process.communicate(timeout=200)
     assert process.returncode != 0 and "a batch of 4 can't be shared by 3 processes" in said
+
+
+SHARDED = """
+import copy, sys, torch
+import distributed
+rank, world, device = distributed.start()
+torch.manual_seed(0)
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.head = Backbone(), torch.nn.Linear(7, 3)
+    def forward(self, x):
+        return self.head(self.backbone(x))
+
+class Backbone(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks, self.last = torch.nn.ModuleList(torch.nn.Linear(5, 5) for _ in range(3)), torch.nn.Linear(5, 7)
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x).tanh()
+        return self.last(x)
+
+def step(model, trained, optimizer, x):
+    trained(x).square().mean().backward()
+    norm = distributed.clip_gradients(list(model.parameters()), 0.01)
+    optimizer.step()
+    model.zero_grad()
+    return float(norm)
+
+adam = lambda model: torch.optim.AdamW([{"params": list(model.backbone.parameters())}, {"params": list(model.head.parameters())}], lr=0.1)
+one = Net()
+two = copy.deepcopy(one)
+start = copy.deepcopy(one)
+distributed.shard(two.backbone, device)
+trained = distributed.replicate(two, device)
+ours, theirs = adam(one), adam(two)
+batches = torch.randn(4, 6, 5)
+for i, batch in enumerate(batches):
+    if i == 2:  # saved whole, and opened anew
+        weights, state = distributed.whole(two.state_dict()), distributed.whole(theirs.state_dict())
+        two = copy.deepcopy(start)
+        two.load_state_dict(weights)
+        distributed.shard(two.backbone, device)
+        trained, theirs = distributed.replicate(two, device), adam(two)
+        theirs.load_state_dict(distributed.spread(state, theirs))
+    norms = step(one, one, ours, batch), step(two, trained, theirs, batch[rank::2])
+    assert abs(norms[0] - norms[1]) < 1e-6 * norms[0] + 1e-7, norms
+    for name, value in distributed.whole(two.state_dict()).items():
+        torch.testing.assert_close(value, one.state_dict()[name], rtol=1e-4, atol=1e-5)
+assert sum(p.to_local().numel() for p in two.backbone.parameters()) < 0.7 * sum(p.numel() for p in one.backbone.parameters())
+print("the same")
+"""
+
+
+def test_a_sharded_backbone_is_trained_saved_and_opened_as_a_whole_one(tmp_path):
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    done = subprocess.run([*launch, tmp_path / "sharded.py"], env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and done.stdout.count("the same") == 1, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("count, world", [(5, 1), (5, 2), (4, 2), (1, 3), (7, 4)])
+def test_every_process_gets_equally_many_pictures_and_none_is_left_out(count, world, monkeypatch):
+    shares = []
+    for rank in range(world):
+        monkeypatch.setattr(distributed, "several", lambda: True)
+        monkeypatch.setattr(distributed.dist, "get_rank", lambda: rank)
+        monkeypatch.setattr(distributed.dist, "get_world_size", lambda: world)
+        shares.append(distributed.share(count))
+    assert len({len(share) for share in shares}) == 1
+    assert {i for share in shares for i in share} == set(range(count))
+    assert sum(map(len, shares)) - count < world

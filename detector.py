@@ -8,6 +8,7 @@
 """
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from checkpoint import load_detector, write_folder
 from datasets import collate, read_image
 from errors import UserError
 from tiles import detect_in_tiles
-from transforms import MEAN, eval_transforms
+from transforms import LONG_SIDE, MEAN, SHORT_SIDE, eval_transforms
 
 
 def load(source, device=None, image_size=None, threshold=0.4, tile=None):
@@ -90,24 +91,25 @@ class Detector:
 
 
 class ExportedDetector(Detector):
-    """The same from a file of export.py, whose graph takes pictures of one size: others are made to fit and padded."""
+    """The same from a file of export.py. Where its graph takes pictures of one size, others are made to fit and padded."""
 
     def __init__(self, path, threshold=0.4, tile=None):
         path = Path(path)
         if not path.is_file():
             raise UserError(f"{path}: no such file")
         about, self.run = (open_onnx if path.suffix == ".onnx" else open_torch)(path)
-        self.height, self.width, self.square = about["height"], about["width"], about["square"]
+        self.about = about
         self.classes, self.category_ids, self.threshold, self.device = about["classes"], about["category_ids"], threshold, torch.device("cpu")
-        self.tile = min(self.height, self.width) if tile == 0 else tile
+        self.tile = min(about["height"], about["width"]) if tile == 0 else tile
 
     def detect(self, images):
-        canvases, scales = zip(*(to_canvas(image, self.height, self.width, self.square) for image in images))
-        scores, labels, boxes = self.run(torch.stack(canvases))
-        found = []
-        for i, (image, scale) in enumerate(zip(images, scales)):
+        about, found = self.about, []
+        for image in images:
+            height, width = canvas_size(image, about, about["divisor"]) if about.get("divisor") else (about["height"], about["width"])
+            canvas, scale = to_canvas(image, height, width, about["square"])
+            scores, labels, boxes = (part[0] for part in self.run(canvas[None]))
             limit = torch.tensor([image.width, image.height] * 2)
-            found.append({"scores": scores[i], "labels": labels[i], "boxes": (boxes[i] / torch.tensor(scale * 2)).clamp(min=0).minimum(limit)})
+            found.append({"scores": scores, "labels": labels, "boxes": (boxes / torch.tensor(scale * 2)).clamp(min=0).minimum(limit)})
         return found
 
 
@@ -132,6 +134,16 @@ def open_torch(path):
         return json.loads(extra["detector"]), torch.no_grad()(program.module())
     except Exception as error:  # torch raises many kinds on files that are not its own
         raise UserError(f"{path}: not a file of export.py ({type(error).__name__}: {str(error)[:200]})") from None
+
+
+def canvas_size(image, config, divisor):
+    """(height, width) that a picture gets on its way into the network, padding included."""
+    if config.get("square"):
+        sides = (config["image_size"],) * 2
+    else:
+        scale = config["image_size"] * min(1 / min(image.size), LONG_SIDE / SHORT_SIDE / max(image.size))
+        sides = round(image.height * scale), round(image.width * scale)
+    return tuple(math.ceil(side / divisor) * divisor for side in sides)
 
 
 def to_canvas(image, height, width, square):

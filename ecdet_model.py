@@ -141,8 +141,8 @@ def position_embedding(h, w, dim, device=None):
     are added to run with y outermost: the released weights were trained so, and on square maps it makes no difference to
     what can be learnt."""
     frequency = 10000.0 ** -(torch.arange(dim // 4, device=device) / (dim // 4))
-    x = torch.arange(w, device=device).repeat_interleave(h)[:, None] * frequency
-    y = torch.arange(h, device=device).repeat(w)[:, None] * frequency
+    grid = torch.meshgrid(torch.arange(w, device=device), torch.arange(h, device=device), indexing="ij")
+    x, y = (axis.reshape(-1, 1) * frequency for axis in grid)
     return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1)
 
 

@@ -4,7 +4,7 @@
     python export.py ecdet_s.pth --format torch                        ecdet_s.pt2
     python infer.py photo.jpg --checkpoint runs/mine/best.onnx
 
-The graph takes `images` (B, 3, H, W), RGB in [0, 1], B as you like, H and W fixed, and gives `scores` and `labels` (B, D) and `boxes` (B, D, 4) xyxy
+The graph takes `images` (B, 3, H, W), RGB in [0, 1], B as you like, H and W fixed or, with --any-size, multiples of 32, and gives `scores` and `labels` (B, D) and `boxes` (B, D, 4) xyxy
 pixels, best first; what labels mean is in the file's metadata. Before it is called done, its detections in the picture are
 compared with PyTorch's.
 """
@@ -18,13 +18,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from checkpoint import load_detector
 from demo_data import draw_picture
-from detector import ExportedDetector, to_canvas, to_image
+from detector import ExportedDetector, canvas_size, to_canvas, to_image
 from errors import UserError, run
-from transforms import LONG_SIDE, MEAN, SHORT_SIDE, STD
+from transforms import MEAN, STD
+from weights import first_line
 
 SCORES_WITHIN, BOXES_WITHIN = 1e-3, 0.5  # what an exported detection may differ by: in score, and in pixels
 
@@ -44,16 +46,6 @@ class Graph(nn.Module):
         return self.best(outputs, torch.tensor([[height, width]]).expand(batch, 2))
 
 
-def canvas_size(image, config, divisor):
-    """(height, width) that a picture gets on its way into the network, padding included."""
-    if config.get("square"):
-        sides = (config["image_size"],) * 2
-    else:
-        scale = config["image_size"] * min(1 / min(image.size), LONG_SIDE / SHORT_SIDE / max(image.size))
-        sides = round(image.height * scale), round(image.width * scale)
-    return tuple(math.ceil(side / divisor) * divisor for side in sides)
-
-
 def furthest(ours, theirs):
     """Two detections (scores, labels, boxes) of one picture -> the largest differences in score and in pixels, each of ours against the
     nearest of theirs of the same class: near ties may change places."""
@@ -67,6 +59,12 @@ def furthest(ours, theirs):
     return float((scores - other_scores[nearest]).abs().max()), float((boxes - other_boxes[nearest]).abs().max())
 
 
+def free_dimensions(divisor):
+    """divisor: of H and W where they are free, None where they are fixed -> what torch's exporters take as dynamic shapes."""
+    Dim = torch.export.Dim
+    return {0: Dim("batch")} | ({2: divisor * Dim("rows", min=2, max=256), 3: divisor * Dim("columns", min=2, max=256)} if divisor else {})
+
+
 def write_onnx(graph, images, path, metadata):
     try:
         import onnx
@@ -76,7 +74,7 @@ def write_onnx(graph, images, path, metadata):
         raise UserError(f"{error.name} is not installed; pip install onnx onnxscript onnxruntime") from None
     program = torch.onnx.export(
         graph, (images,), dynamo=True, input_names=["images"], output_names=["scores", "labels", "boxes"],
-        dynamic_shapes={"images": {0: torch.export.Dim("batch")}}, verbose=False,
+        dynamic_shapes={"images": free_dimensions(metadata["divisor"])}, verbose=False,
     )  # fmt: skip
     program.optimize()
     proto = program.model_proto
@@ -85,7 +83,7 @@ def write_onnx(graph, images, path, metadata):
 
 
 def write_torch(graph, images, path, metadata):
-    program = torch.export.export(graph, (images,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}})
+    program = torch.export.export(graph, (images,), dynamic_shapes={"images": free_dimensions(metadata["divisor"])})
     torch.export.save(program, str(path), extra_files={"detector": json.dumps(metadata)})
 
 
@@ -108,6 +106,7 @@ def main():
     parser.add_argument("--format", choices=FORMATS, default="onnx")
     parser.add_argument("--picture", metavar="FILE", help="decides the size, and is what the file is checked with (default: one of the demo's)")
     parser.add_argument("--image-size", type=int, nargs=2, metavar=("H", "W"), help="of the graph (default: what the picture gets in PyTorch)")
+    parser.add_argument("--any-size", action="store_true", help="the graph takes pictures of any size that is padded to multiples of 32 (of a plain ViT's patch)")
     parser.add_argument("--out", metavar="FILE", help="default: the checkpoint's name with another ending")
     arguments = parser.parse_args()
     model, postprocess, content = load_detector(arguments.checkpoint)
@@ -116,22 +115,30 @@ def main():
     ending, write = FORMATS[arguments.format]
     out = Path(arguments.out) if arguments.out else Path(arguments.checkpoint).with_suffix(ending)
     image = to_image(arguments.picture) if arguments.picture else to_image(draw_picture(np.random.default_rng(0))[0])
-    height, width = arguments.image_size or canvas_size(image, content["config"], model.backbone.size_divisor)
-    if height % model.backbone.size_divisor or width % model.backbone.size_divisor or min(height, width) < 1:
-        raise UserError(f"--image-size {height} {width}: both have to be multiples of {model.backbone.size_divisor}")
+    divisor = model.backbone.size_divisor
+    height, width = arguments.image_size or canvas_size(image, content["config"], divisor)
+    if height % divisor or width % divisor or min(height, width) < 1:
+        raise UserError(f"--image-size {height} {width}: both have to be multiples of {divisor}")
 
     square = content["config"].get("square", False)
     graph = Graph(model, postprocess).eval()
     canvas = to_canvas(image, height, width, square)[0]
     images = torch.stack([canvas, canvas.flip(2)])  # two, so that nothing takes the batch to be one
+    tried = [images, images[:1]] + [images.mT.contiguous(), F.interpolate(images, (height, width + divisor), mode="bilinear")] * arguments.any_size
     metadata = {"classes": content["classes"], "category_ids": content["category_ids"], "height": height, "width": width, "square": square}
+    metadata |= {"divisor": divisor if arguments.any_size else None, "image_size": content["config"]["image_size"]}
     partial = out.with_name(out.stem + ".partial" + ending)
     try:
-        write(graph, images, partial, metadata)
+        try:
+            write(graph, images, partial, metadata)
+        except (RuntimeError, ValueError, TypeError) as error:  # torch's exporters raise many kinds
+            if not arguments.any_size:
+                raise
+            raise UserError(f"--any-size: {arguments.checkpoint} can only be exported for one size ({first_line(error)[:200]}); leave it out") from None
         exported = ExportedDetector(partial)
-        wanted, apart = graph(images), []
-        for given in (images, images[:1]):
-            found = exported.run(given)
+        apart = []
+        for given in tried:
+            found, wanted = exported.run(given), graph(given)
             for i in range(len(given)):
                 apart.append(furthest([part[i] for part in wanted], [part[i] for part in found]))
         score, pixels = (max(values) for values in zip(*apart))
@@ -143,8 +150,8 @@ def main():
     finally:
         partial.unlink(missing_ok=True)
     theirs, ours = milliseconds(lambda: exported.run(images[:1])), milliseconds(lambda: graph(images[:1]))
-    print(f"{out}: {height}x{width}; differs from PyTorch by {score:.1e} in score and {pixels:.1e} pixels at most")
-    print(f"one picture: {theirs:.1f} ms, PyTorch {ours:.1f} ms")
+    print(f"{out}: {'any size' if arguments.any_size else f'{height}x{width}'}; differs from PyTorch by {score:.1e} in score and {pixels:.1e} pixels at most")
+    print(f"one picture of {height}x{width}: {theirs:.1f} ms, PyTorch {ours:.1f} ms")
 
 
 if __name__ == "__main__":

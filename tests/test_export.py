@@ -35,20 +35,25 @@ def photo(path, size):
     return path
 
 
-@pytest.mark.parametrize("detector, form, square", [("detr", "onnx", False), ("ecdet", "onnx", True), ("detr", "torch", True), ("ecdet", "torch", False)])
-def test_an_exported_file_detects_what_the_checkpoint_does(detector, form, square, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "detector, form, square, any_size",
+    [("detr", "onnx", False, False), ("ecdet", "onnx", True, False), ("detr", "onnx", False, True), ("ecdet", "onnx", False, True),
+     ("detr", "torch", True, False), ("ecdet", "torch", False, False), ("detr", "torch", False, True)],
+)  # fmt: skip
+def test_an_exported_file_detects_what_the_checkpoint_does(detector, form, square, any_size, tmp_path, monkeypatch, capsys):
     if form == "onnx":
         pytest.importorskip("onnxruntime")
         pytest.importorskip("onnxscript")
     checkpoint = write_checkpoint(tmp_path / "best.pth", detector, square=square)
     picture = photo(tmp_path / "photo.png", (96, 96) if square else (128, 96))
-    status, out, err = called(export.main, [checkpoint, "--picture", picture, "--format", form], monkeypatch, capsys)
+    status, out, err = called(export.main, [checkpoint, "--picture", picture, "--format", form] + ["--any-size"] * any_size, monkeypatch, capsys)
     assert status == 0, err
     file = tmp_path / ("best.onnx" if form == "onnx" else "best.pt2")
-    assert file.exists() and "96x128" in out if not square else "96x96" in out
+    assert file.exists() and ("any size" if any_size else "96x96" if square else "96x128") in out
     assert "differs from PyTorch by" in out and "ms, PyTorch" in out
-    ours, theirs = load(checkpoint, device="cpu", threshold=0.0)([picture, picture]), load(file, threshold=0.0)([picture, picture])
-    for a, b in zip(ours, theirs):  # of a size that needs no resizing: the same pixels
+    pictures = [picture, photo(tmp_path / "tall.png", (96, 160))] if any_size else [picture, picture]
+    ours, theirs = load(checkpoint, device="cpu", threshold=0.0)(pictures, batch_size=1), load(file, threshold=0.0)(pictures)
+    for a, b in zip(ours, theirs):  # of sizes that need no resizing: the same pixels
         score, pixels = furthest([a[key] for key in ("scores", "labels", "boxes")], [b[key] for key in ("scores", "labels", "boxes")])
         assert score < 1e-3 and pixels < 0.5 and len(b["scores"]) == len(a["scores"])
     status, out, err = called(infer.main, [photo(tmp_path / "other.png", (300, 200)), "--checkpoint", file, "--threshold", 0, "--out", tmp_path / "found"], monkeypatch, capsys)

@@ -42,6 +42,10 @@ ECVIT_RELEASE = "https://github.com/capsule2077/edgecrafter/releases/download/ed
 MUM_RELEASE = "https://github.com/davnords/mum/releases/download/weights/MuM_ViTLarge.pth"
 VGGT_FILE = "https://huggingface.co/facebook/VGGT-1B/resolve/main/model.pt"
 CONVNEXT_STRIDES = (4, 8, 16, 32)
+LICENCES = {  # of the released weights, as of November 2026; their own texts decide
+    "dinov2": "Apache-2.0", "dinov3": "DINOv3", "convnext": "DINOv3", "clip": "MIT", "mae": "CC-BY-NC-4.0", "mum": "MIT (DINOv3)", "vggt": "CC-BY-NC-4.0",
+    "ecvit": "EdgeCrafter",
+}  # fmt: skip
 
 
 def _dinov2(width, depth, heads, hub, registers=0, gated=False):

@@ -2,18 +2,22 @@
 
     python check_dims.py                          the table; each is built without allocating its weights
     python check_dims.py --size 640               the maps that a 640x640 picture gives
-    python check_dims.py --run dinov3-vits16      builds it for real, runs a picture through, compares
+    python check_dims.py --run dinov3-vits16      builds it for real, runs pictures through, compares, takes the time
 
 Exit status 1 where anything disagrees.
 """
 
 import argparse
+import statistics
 import sys
+import time
 from collections import Counter
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from backbones import BACKBONES, build_backbone, find_spec
+from backbones import BACKBONES, LICENCES, build_backbone, find_spec
+from ecvit import fold
 from errors import UserError, run
 
 
@@ -60,6 +64,23 @@ def _number_after(key, words):
     return next((b for a, b in zip(parts, parts[1:]) if a in words and b.isdigit()), None)
 
 
+@torch.no_grad()
+def timed(backbone, images, repeats=7):
+    """-> seconds of a forward pass, the median after two that are not counted."""
+    seconds = []
+    for _ in range(2 + repeats):
+        started = time.perf_counter()
+        backbone(images)
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[2:])
+
+
+def licence_of(name):
+    spec = find_spec(name)
+    family = "vggt" if name.startswith("vggt") else spec.family
+    return LICENCES[family] if spec.source else "-"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=224, metavar="S", help="side of the picture (default 224)")
@@ -69,14 +90,14 @@ def main():
         raise UserError(f"--size has to be more than 0, not {arguments.size}")
     names = [arguments.run] if arguments.run else list(BACKBONES)
     wrong = []
-    print(f"{'backbone':22s} {'width':>20s} {'depth':>12s} {'heads':>5s} {'ffn':>6s} {'patch':>5s} {'reg.':>4s} {'params (M)':>10s}  maps at {arguments.size}x{arguments.size}: channels @ height x width (stride)")
+    print(f"{'backbone':22s} {'width':>20s} {'depth':>12s} {'heads':>5s} {'ffn':>6s} {'patch':>5s} {'reg.':>4s} {'params (M)':>10s} {'GFLOPs':>7s} {'weights':>13s}  maps at {arguments.size}x{arguments.size}: channels @ height x width (stride)")
     for name in names:
         spec = find_spec(name)
         with torch.device("cpu" if arguments.run else "meta"):
             backbone = build_backbone(name).eval()
         found = disagreements(name, spec, backbone)
         sides = expected_maps(spec, arguments.size)
-        with torch.no_grad(), torch.device("cpu" if arguments.run else "meta"):
+        with torch.no_grad(), torch.device("cpu" if arguments.run else "meta"), FlopCounterMode(display=False) as counter:
             maps = backbone(torch.zeros(1, 3, arguments.size, arguments.size))
         for feature, channels, side, stride in zip(maps, backbone.channels, sides, spec.strides):
             if tuple(feature.shape) != (1, channels, side, side):
@@ -84,12 +105,14 @@ def main():
         text = lambda v: "/".join(map(str, v)) if isinstance(v, tuple) else str(v)
         millions = sum(p.numel() for p in backbone.parameters()) / 1e6
         shapes = "  ".join(f"{m.shape[1]} @ {m.shape[2]}x{m.shape[3]} ({s})" for m, s in zip(maps, spec.strides))
-        print(f"{name:22s} {text(spec.width):>20s} {text(spec.depth):>12s} {spec.heads or '-':>5} {spec.ffn:>6d} {spec.patch:>5d} {spec.registers:>4d} {millions:>10.1f}  {shapes}")
+        print(f"{name:22s} {text(spec.width):>20s} {text(spec.depth):>12s} {spec.heads or '-':>5} {spec.ffn:>6d} {spec.patch:>5d} {spec.registers:>4d} {millions:>10.1f} {counter.get_total_flops() / 1e9:>7.1f} {licence_of(name):>13s}  {shapes}")
         wrong += [f"{name}: {what}" for what in found]
     for line in wrong:
         print(f"disagrees: {line}", file=sys.stderr)
     if arguments.run and not wrong:
-        print(f"{arguments.run}: built, run and as the table says")
+        images = torch.randn(1, 3, arguments.size, arguments.size).to(memory_format=torch.channels_last)
+        seconds = timed(fold(backbone.to(memory_format=torch.channels_last)), images)
+        print(f"{arguments.run}: built, run and as the table says; {1000 * seconds:.0f} ms for a picture of {arguments.size}x{arguments.size} on this CPU")
     sys.exit(1 if wrong else 0)
 
 

@@ -156,7 +156,10 @@ def fetch(load, source):
     try:
         return load()
     except urllib.error.URLError as error:
-        raise UserError(f"{source}: can't be downloaded ({error.reason}); download it elsewhere and give the path of the file") from None
+        raise UserError(
+            f"{source}: can't be downloaded ({error.reason}); check the network, or give the downloaded file as --backbone-weights (a whole "
+            "detector as --init or --checkpoint), or --backbone-weights none to train from scratch"
+        ) from None
     except OSError as error:
         text = str(error)
         if "gated" in text.lower() or "401" in text or "403" in text:

@@ -139,7 +139,7 @@ def test_a_released_file_that_is_not_here_is_downloaded_once(released, tmp_path,
         shutil.copy(released / "ecdet_s.pth", path)
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    with pytest.raises(UserError, match="ecdet_s.pth: can't be downloaded .*no network.*give the path"):
+    with pytest.raises(UserError, match="ecdet_s.pth: can't be downloaded .*no network.*as --init or --checkpoint"):
         read_checkpoint("ecdet_s.pth")
     for _ in range(2):
         assert read_checkpoint("ecdet_s.pth")["config"]["size"] == "s"

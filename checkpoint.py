@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 from pathlib import Path
 
@@ -12,10 +13,12 @@ from safetensors.torch import load_file, save_file
 from detr_model import build_model
 from ecvit import fold
 from errors import UserError
+from files import read_text
 from released import fetch_released, released_checkpoint, weights_of
-from weights import first_line, load_strictly
+from weights import complain, first_line, load_strictly
 
 FORMAT = 1
+LARGEST = dict(num_classes=10**5, num_queries=10**5, hidden_dim=10**4, ffn_dim=10**5, num_heads=10**3, encoder_layers=100, decoder_layers=100, image_size=10**4, patch_size=10**3)
 CLASS_LAYERS = re.compile(r"class|score_head")
 
 
@@ -49,16 +52,43 @@ def read_checkpoint(path):
         raise UserError(f"{path}: no such checkpoint; give the best.pth or last.pth of a run, or ECDet's released file or folder")
     try:
         content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"it holds code ({code[1]}), which is never run" if code else first_line(error)[:200]
+        raise UserError(f"{path}: not a checkpoint of weights alone: {what}") from None
     except Exception as error:  # torch raises many kinds on files that are not its own
         raise UserError(f"{path}: not a checkpoint, or cut short ({first_line(error)[:200]})") from None
     if isinstance(content, dict) and {"format", "model", "config"} <= content.keys():
-        if content["format"] > FORMAT:
-            raise UserError(f"{path}: written by a newer version (format {content['format']}, this one reads {FORMAT})")
-        return content
+        return checked(content, path)
     weights = weights_of(content) if isinstance(content, dict) else None
     if weights is None:
         raise UserError(f"{path}: not a checkpoint of train.py, nor a released ECDet (a backbone's weights go to --backbone-weights)")
     return released_checkpoint(weights, path)
+
+
+def refuse_newer(content, path):
+    if content["format"] > FORMAT:
+        raise UserError(f"{path}: written by a newer version (format {content['format']}, this one reads {FORMAT})")
+
+
+def checked(content, path):
+    """content as it is, if its settings describe a detector that its weights fit. A checkpoint may come from anywhere: nothing is
+    allocated by its settings, nor opened by names in them, before that is sure. Raises UserError."""
+    try:
+        refuse_newer(content, path)
+        config, classes = content["config"], content["classes"]
+        if not all(isinstance(name, str) for name in classes) or len(classes) != config["num_classes"] or len(classes) != len(content["category_ids"]):
+            raise ValueError("classes, category_ids and num_classes do not belong together")
+        for key, most in LARGEST.items():
+            if config.get(key) is not None and not 0 <= config[key] <= most:
+                raise ValueError(f"{key} is not in 0 .. {most:,}")
+        with torch.device("meta"):
+            wanted = build_model(config | {"backbone_weights": None})[0].state_dict()
+        mismatched = [key for key, value in content["model"].items() if key in wanted and value.shape != wanted[key].shape]
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, ZeroDivisionError, IndexError) as error:
+        raise UserError(f"{path}: its settings describe no detector ({type(error).__name__}: {first_line(error)[:200]})") from None
+    complain(path, config["detector"], wanted.keys() - content["model"].keys(), content["model"].keys() - wanted.keys(), mismatched)
+    return content
 
 
 # A Hugging Face folder: model.safetensors, config.json with all else, and a model card
@@ -90,20 +120,20 @@ def model_card(content):
 
 def is_ours(folder):
     try:
-        return "classes" in json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
+        return {"format", "classes", "config"} <= json.loads(read_text(folder / "config.json")).keys()
+    except (UserError, ValueError, AttributeError, RecursionError):
         return False
 
 
 def read_folder(folder):
     """-> a checkpoint's dictionary."""
-    rest = json.loads((folder / "config.json").read_text())
-    if rest.get("format", 0) > FORMAT:
-        raise UserError(f"{folder}: written by a newer version (format {rest['format']}, this one reads {FORMAT})")
+    rest = json.loads(read_text(folder / "config.json"))
+    refuse_newer(rest, folder)
     try:
-        return rest | {"model": load_file(folder / "model.safetensors")}
+        weights = load_file(folder / "model.safetensors")
     except Exception as error:  # safetensors raises kinds of its own
         raise UserError(f"{folder}: model.safetensors is missing or broken ({first_line(error)[:200]})") from None
+    return checked(rest | {"model": weights}, folder)
 
 
 def fetch_folder(name):

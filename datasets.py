@@ -19,13 +19,14 @@ from torchvision.transforms.v2 import functional as TF
 
 import plots
 from errors import UserError, run
+from files import open_image
 from layouts import LAYOUTS, load_splits
 from transforms import mix_up, mosaic
 
 
 def read_image(path, upright=True):
     """Any picture file -> RGB PIL image: turned as its EXIF says, transparency over white, 16 bits scaled to 8."""
-    with Image.open(path) as image:
+    with open_image(path) as image:
         if upright:
             image = ImageOps.exif_transpose(image)
         if image.mode.startswith(("I", "F")):
@@ -207,9 +208,10 @@ def main():
     parser.add_argument("--train-split", metavar="NAME")
     parser.add_argument("--val-split", metavar="NAME")
     parser.add_argument("--skip-bad-images", action="store_true", help="leave out pictures that can't be read")
+    parser.add_argument("--allow-outside", action="store_true", help="files may lie outside of DIR, through links or absolute paths")
     parser.add_argument("--out", default="samples.png", metavar="FILE", help="default: samples.png")
     arguments = parser.parse_args()
-    train, val = load_splits(arguments.data, arguments.train_split, arguments.val_split, arguments.skip_bad_images, arguments.layout)
+    train, val = load_splits(arguments.data, arguments.train_split, arguments.val_split, arguments.skip_bad_images, arguments.layout, allow_outside=arguments.allow_outside)
     for line in [*describe(train), *describe(val)]:
         print(line)
     found = suspicions(train, val)

@@ -3,8 +3,14 @@
 import sys
 
 
+LONGEST = 3000  # characters of a message: what it quotes may be anything
+
+
 class UserError(Exception):
     """The message says what is wrong, where, and what to do."""
+
+    def __init__(self, message):
+        super().__init__(message if len(message) <= LONGEST else f"{message[: LONGEST // 2]} ... {message[-LONGEST // 3 :]}")
 
 
 def run(main):

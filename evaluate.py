@@ -110,6 +110,7 @@ def main():
     parser.add_argument("checkpoint", help="best.pth or last.pth of a run")
     parser.add_argument("--data", metavar="DIR", help="a data set (default: that of the run)")
     parser.add_argument("--val-split", metavar="NAME", help="its part to evaluate on")
+    parser.add_argument("--allow-outside", action="store_true", help="files of the data may lie outside of DIR, through links or absolute paths")
     parser.add_argument("--image-size", type=int, metavar="S", help="shortest side (default: that of the run)")
     parser.add_argument("--pictures", metavar="DIR", help="also draws precision over recall, which class was taken for which, and the worst mistakes")
     parser.add_argument("--batch-size", type=int, default=8, metavar="B")
@@ -120,7 +121,10 @@ def main():
     data = arguments.data or config.get("data")
     if data is None:
         raise UserError(f"{arguments.checkpoint} does not say what data it was trained with; give --data DIR")
-    _, split = load_splits(data, config.get("train_split"), arguments.val_split or config.get("val_split"), layout=None if arguments.data else config.get("layout"), val_fraction=config.get("val_fraction", 0.2))
+    _, split = load_splits(
+        data, config.get("train_split"), arguments.val_split or config.get("val_split"), layout=None if arguments.data else config.get("layout"),
+        val_fraction=config.get("val_fraction", 0.2), allow_outside=arguments.allow_outside or (not arguments.data and config.get("allow_outside", False)),
+    )  # fmt: skip
     if split.classes != content["classes"]:
         raise UserError(f"the data's classes {split.classes[:5]} are not the checkpoint's {content['classes'][:5]}")
     data = DetectionDataset(split, eval_transforms(arguments.image_size or config["image_size"], config.get("square", False)))

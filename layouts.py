@@ -5,19 +5,23 @@ file that is split here. A `Split` holds plain records, whichever door they came
 """
 
 import json
+import os
+import threading
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import yaml
-from PIL import Image
 from tqdm import tqdm
 
 from errors import UserError
+from files import open_image, read_text, require_inside
 
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)  # what reading something of another form raises
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
 
 
@@ -53,23 +57,28 @@ class Split:
         return max((int((~r.ignored).sum()) for r in self.records), default=0)
 
 
-def load_splits(root, train=None, val=None, skip_bad_images=False, layout=None, val_fraction=0.2):
+def load_splits(root, train=None, val=None, skip_bad_images=False, layout=None, val_fraction=0.2, allow_outside=False):
     """A data set's folder -> (training Split, validation Split), read and checked whole.
 
     `train` and `val` name the parts where the folder has several: a file of ImageSets/Main for Pascal VOC, a word in the
     JSON's or the folder's name otherwise. layout: see LAYOUTS, None to look. val_fraction: of a single file's pictures, drawn with
-    a fixed seed. Prints the layout. Raises UserError.
+    a fixed seed. allow_outside: files may lie outside of the folder, through links, `..` or absolute paths. Prints the layout.
+    Raises UserError.
     """
     root = Path(root)
+    home = None if allow_outside else root
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; --data takes the folder of a data set")
     guessed = layout is None
     layout = layout or recognise(root)
     if layout == "json":
-        splits = read_single(root, val_fraction)
+        splits = read_single(root, home, val_fraction)
     else:
-        splits = LAYOUTS[layout][2](root, train, val)
+        splits = LAYOUTS[layout][2](root, home, train, val)
     for split in splits:
+        if not split.records:
+            raise UserError(f"{root}: the part '{split.name}' has no pictures")
+        require_inside(home, [record.path for record in split.records])
         check(split, skip_bad_images)
     if not any(len(r.boxes) for r in splits[0].records):
         raise UserError(f"{root}: the training part '{splits[0].name}' has {len(splits[0].records)} pictures and no box")
@@ -111,7 +120,7 @@ def coco_files(root):
     return [path for path in jsons if not path.name.startswith(other_tasks)]
 
 
-def read_coco(root, train=None, val=None):
+def read_coco(root, home, train=None, val=None):
     """Annotations in annotations/*.json, or one folder a part with its JSON inside -> [Split, Split]."""
     jsons = coco_files(root)
     splits = []
@@ -125,7 +134,7 @@ def read_coco(root, train=None, val=None):
                 f"{root}: no annotations for '{words[0]}'. Looked for annotations/*{words[0]}*.json, or a folder {words[0]}*/ with a JSON "
                 f"inside. Found: {listing(root)}"
             )
-        splits.append(read_coco_file(matches[0], root))
+        splits.append(read_coco_file(matches[0], root, home))
     leave_out_umbrella(splits)
     first, second = (dict(zip(s.category_ids, s.classes)) for s in splits)
     for category_id, name in second.items():
@@ -154,24 +163,39 @@ def leave_out_umbrella(splits):
         split.remarks.append(f"class '{name}' stands for all the others and is left out")
 
 
-def read_coco_file(path, root):
+def identifier(value):
+    """An id of a COCO file: a whole number or a word."""
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        raise TypeError(f"an id is {str(value)[:40]!r}")
+    return value
+
+
+def word(value):
+    if not isinstance(value, str):
+        raise TypeError(f"{str(value)[:40]!r} is no word")
+    return value
+
+
+def read_coco_file(path, root, home):
+    require_inside(home, [path])
     try:
-        data = json.loads(path.read_text(encoding="utf-8-sig"))
-        categories = sorted((c["id"], c["name"]) for c in data["categories"])
-        images = {image["id"]: image for image in data["images"]}
-    except (ValueError, KeyError, TypeError) as error:
+        data = json.loads(read_text(path))
+        categories = sorted((identifier(c["id"]), word(c["name"])) for c in data["categories"])
+        images = {identifier(image["id"]): image for image in data["images"]}
+        annotations = list(data.get("annotations") or [])
+    except MALFORMED as error:
         raise UserError(f"{path}: not a COCO annotation file ({type(error).__name__}: {error})") from None
     labels = {category_id: i for i, (category_id, _) in enumerate(categories)}
     if not categories or len(labels) < len(categories) or len(images) < len(data["images"]):
         raise UserError(f"{path}: {'no categories' if not categories else 'an id is used twice in categories or images'}")
     rows = {image_id: [] for image_id in images}
-    for number, annotation in enumerate(data.get("annotations", [])):
+    for number, annotation in enumerate(annotations):
         try:
             x, y, w, h = (float(n) for n in annotation["bbox"])
             label = labels[annotation["category_id"]]
             area = float(annotation.get("area") or w * h)
             rows[annotation["image_id"]].append((x, y, x + w, y + h, label, area, bool(annotation.get("iscrowd"))))
-        except (ValueError, KeyError, TypeError) as error:
+        except MALFORMED as error:
             what = f"annotation {annotation.get('id', number)}" if isinstance(annotation, dict) else f"annotation number {number}"
             raise UserError(f"{path}: {what}: {type(error).__name__} {error}; bbox, category_id or image_id is wrong") from None
     folders = [path.parent / "images", path.parent, root / path.stem.removeprefix("instances_"), root / "images", root]
@@ -180,24 +204,25 @@ def read_coco_file(path, root):
     folders = [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
     records = []
     for image_id, image in images.items():
-        if "file_name" not in image:
-            raise UserError(f"{path}: image {image_id} has no file_name")
-        candidates = [folder / image["file_name"] for folder in folders]
-        file = next((c for c in candidates if c.exists()), candidates[0])
-        size = (int(image.get("width") or 0), int(image.get("height") or 0))
+        try:
+            candidates = [folder / word(image["file_name"]) for folder in folders]
+            size = (int(image.get("width") or 0), int(image.get("height") or 0))
+        except MALFORMED as error:
+            raise UserError(f"{path}: image {image_id}: {type(error).__name__} {error}; file_name, width or height is missing or wrong") from None
+        file = next((c for c in candidates if os.path.exists(c)), candidates[0])
         records.append(make_record(image_id, file, size, rows[image_id]))
     names = [name for _, name in categories]
-    above = {c.get("supercategory") for c in data["categories"] if c["id"] != categories[0][0]}
+    above = {str(c.get("supercategory")) for c in data["categories"] if c["id"] != categories[0][0]}
     umbrella = 0 if path.name == "_annotations.coco.json" and len(names) > 1 and above == {names[0]} else None
     return Split(split, names, [category_id for category_id, _ in categories], records, umbrella=umbrella)
 
 
-def read_single(root, val_fraction):
+def read_single(root, home, val_fraction):
     """One COCO file for all pictures -> [Split, Split], the second of val_fraction of them, drawn with a fixed seed."""
     files = sorted([*root.glob("*.json"), *(root / "annotations").glob("*.json")])
     if len(files) != 1:
         raise UserError(f"{root}: {len(files)} JSON files; the layout json wants one. Found: {listing(root)}")
-    whole = read_coco_file(files[0], root)
+    whole = read_coco_file(files[0], root, home)
     leave_out_umbrella([whole])
     count = round(val_fraction * len(whole.records))
     if not 0 < count < len(whole.records):
@@ -222,7 +247,7 @@ def voc_devkits(root):
     return [p for folder in (root, root / "VOCdevkit") if folder.is_dir() for p in sorted(folder.iterdir()) if (p / "ImageSets" / "Main").is_dir()]
 
 
-def read_voc(root, train=None, val=None):
+def read_voc(root, home, train=None, val=None):
     """Pascal VOC, one devkit or several years -> [Split, Split]: trainval and test where both are there, else train and val."""
     devkits = voc_devkits(root)
     lists = {p.stem for devkit in devkits for p in (devkit / "ImageSets" / "Main").glob("*.txt")}
@@ -237,11 +262,12 @@ def read_voc(root, train=None, val=None):
         entries = []
         for devkit in devkits:
             path = devkit / "ImageSets" / "Main" / f"{part}.txt"
-            stems = [line.split()[0] for line in path.read_text().splitlines() if line.strip()] if path.exists() else []
+            require_inside(home, [path])
+            stems = [line.split()[0] for line in read_text(path).splitlines() if line.strip()] if path.exists() else []
             files = pictures(devkit / "JPEGImages")
             entries += [(stem, files.get(stem, devkit / "JPEGImages" / f"{stem}.jpg"), devkit / "Annotations" / f"{stem}.xml") for stem in stems]
         found.append((part, entries))
-    return splits_of_xml(found)
+    return splits_of_xml(found, home)
 
 
 def xml_folder(part):
@@ -249,7 +275,7 @@ def xml_folder(part):
     return next((f for f in (part / "labels", part / "annotations", part / "Annotations", part) if part and next(f.glob("*.xml"), None)), None)
 
 
-def read_voc_folders(root, train=None, val=None):
+def read_voc_folders(root, home, train=None, val=None):
     """train/images and train/labels with an XML for each picture, or all in train/; val and test likewise -> [Split, Split]."""
     found = []
     for part, name in zip(parts(root, train, val), (train or "train", val or "val")):
@@ -258,11 +284,12 @@ def read_voc_folders(root, train=None, val=None):
         labels = xml_folder(part) or part
         files = pictures(part / "images") or pictures(part)
         found.append((part.name, [(stem, path, labels / f"{stem}.xml") for stem, path in files.items()]))
-    return splits_of_xml(found)
+    return splits_of_xml(found, home)
 
 
-def splits_of_xml(found):
+def splits_of_xml(found, home):
     """[(part, [(image id, picture, XML)])] -> [Split, Split] with the classes of both, in alphabetical order."""
+    require_inside(home, [xml for _, entries in found for _, _, xml in entries])
     objects = [[(image_id, path, *read_voc_file(xml)) for image_id, path, xml in entries] for _, entries in found]
     classes = sorted({row[4] for part in objects for *_, rows in part for row in rows})
     labels = {name: i for i, name in enumerate(classes)}
@@ -277,7 +304,12 @@ def splits_of_xml(found):
 def read_voc_file(path):
     """-> (width, height), rows of (x1, y1, x2, y2, name, area, difficult); VOC counts pixels from 1, both ends included."""
     try:
-        tree = ElementTree.parse(path).getroot()
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: is no regular file")
+        content = path.read_bytes()
+        if b"<!ENTITY" in content:
+            raise ValueError("it defines entities, which no annotation needs")
+        tree = ElementTree.fromstring(content)
         size = tuple(int(float(tree.findtext(f"size/{side}", "0"))) for side in ("width", "height"))
         rows = []
         for item in tree.iter("object"):
@@ -288,26 +320,34 @@ def read_voc_file(path):
         return size, rows
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    except (ElementTree.ParseError, TypeError, ValueError, AttributeError) as error:
+    except (ElementTree.ParseError, LookupError, *MALFORMED) as error:
         raise UserError(f"{path}: not a Pascal VOC annotation ({error})") from None
 
 
-def read_yolo(root, train=None, val=None):
+def read_yolo(root, home, train=None, val=None):
     """YOLO: data.yaml names the classes and where the pictures are; for a/images/b.jpg the boxes are in a/labels/b.txt, a line each: class,
     then cx cy w h as shares of the picture, or the corners of a polygon -> [Split, Split]."""
     path = yolo_file(root)
+    require_inside(home, [path])
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+        data = yaml.safe_load(read_text(path))
         names = data["names"]
-        names = [str(names[i]) for i in sorted(names)] if isinstance(names, dict) else [str(name) for name in names]
-    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        names = [names[i] for i in sorted(names)] if isinstance(names, dict) else list(names)
+        if any(isinstance(name, (dict, list)) for name in names):
+            raise TypeError("names are words")
+        names, base = [str(name) for name in names], data.get("path") and word(data["path"])
+    except (yaml.YAMLError, *MALFORMED) as error:
         raise UserError(f"{path}: not YOLO's data.yaml, which has names, train and val ({type(error).__name__}: {error})") from None
     splits = []
     for keys in ([train or "train"], [val] if val else ["val", "valid", "test"]):
         key = next((key for key in keys if data.get(key)), None)
         if key is None:
-            raise UserError(f"{path}: no {' or '.join(keys)}; it has {', '.join(data)}")
-        files = [file for entry in (data[key] if isinstance(data[key], list) else [data[key]]) for file in yolo_pictures(str(entry), path, data.get("path"))]
+            raise UserError(f"{path}: no {' or '.join(keys)}; it has {', '.join(map(str, data))}")
+        entries = data[key] if isinstance(data[key], list) else [data[key]]
+        if not all(isinstance(entry, str) for entry in entries):
+            raise UserError(f"{path}: {key} is neither a folder nor a list of folders")
+        files = [file for entry in entries for file in yolo_pictures(entry, path, base, home)]
+        require_inside(home, files)
         records = [yolo_record(file, len(names), path) for file in files]
         splits.append(Split(key, names, list(range(len(names))), records))
     return splits
@@ -317,16 +357,17 @@ def yolo_file(root):
     return next((p for p in (root / "data.yaml", root / "data.yml", root / "dataset.yaml") if p.is_file()), None)
 
 
-def yolo_pictures(entry, path, base):
+def yolo_pictures(entry, path, base, home):
     """The pictures of an entry of data.yaml, a folder or a list of files, taken from the data set's root, from the file, or, as exports
     write it, from a folder beside the file's."""
     bases = [path.parent / base if base else path.parent, path.parent, path.parent / "images"]
     candidates = [b / entry for b in bases] + [path.parent / entry.removeprefix("../"), path.parent / entry / "images"]
-    place = next((c for c in candidates if c.exists()), None)
+    place = next((c for c in candidates if os.path.exists(c)), None)
     if place is None:
         raise UserError(f"{path}: {entry} is not there; looked for {', '.join(str(c) for c in dict.fromkeys(candidates))}")
+    require_inside(home, [place])
     if place.is_file():
-        return [place.parent / line.strip() for line in place.read_text().splitlines() if line.strip()]
+        return [place.parent / line.strip() for line in read_text(place).splitlines() if line.strip()]
     if not pictures(place) and (place / "images").is_dir():
         place = place / "images"
     return list(pictures(place).values()) or sorted(p for p in place.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
@@ -340,19 +381,19 @@ def yolo_record(file, classes, path):
             break
     labels = Path(*parents).with_suffix(".txt")
     try:
-        with Image.open(file) as image:  # shares become pixels of the upright picture
+        with open_image(file) as image:  # shares become pixels of the upright picture
             size = upright_size(image)
     except Exception:  # what is wrong with it, `check` says
         return make_record(file.stem, file, (0, 0), [])
     rows = []
-    for number, line in enumerate(labels.read_text().splitlines() if labels.exists() else [], 1):
+    for number, line in enumerate(read_text(labels).split("\n") if labels.exists() else [], 1):
         if not line.strip():
             continue
         try:
             label, *values = (float(word) for word in line.split())
             if label != int(label) or not 0 <= label < classes or len(values) < 4 or (len(values) > 5 and len(values) % 2):
                 raise ValueError(f"'{line.strip()[:60]}'")
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise UserError(f"{labels}, line {number}: {error}; wanted a class from 0 to {classes - 1} and cx cy w h, or a polygon") from None
         if len(values) in (4, 5):  # the fifth would be a score
             cx, cy, w, h = values[:4]
@@ -369,16 +410,18 @@ def upright_size(image):
     return image.size[::-1] if image.getexif().get(0x0112, 1) in (5, 6, 7, 8) else image.size
 
 
+LARGE, ONE_LARGE = 2**24, threading.Lock()  # pixels of a picture; one such at a time is in memory
+
+
 def probe(record):
     """Decodes a picture (small, where JPEG allows) -> its stored and its upright (width, height), or what is wrong."""
     try:
-        with Image.open(record.path) as image:
+        with open_image(record.path) as image:
             stored, upright = image.size, upright_size(image)
-            image.draft("RGB", (stored[0] // 8, stored[1] // 8))
-            image.load()
+            with ONE_LARGE if stored[0] * stored[1] > LARGE else nullcontext():
+                image.draft("RGB", (stored[0] // 8, stored[1] // 8))
+                image.load()
         return stored, upright
-    except FileNotFoundError:
-        return f"{record.path}: missing"
     except Exception as error:  # PIL raises many kinds on broken files; each is the file's fault
         return f"{record.path}: {error}"
 

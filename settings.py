@@ -28,7 +28,7 @@ DEFAULTS = dict(
     plain_passes=8, plain_end=0.0,  # passes over the data, and share of the budget at its end, without augmentation
     mosaic=0.0,  # share of the budget with mosaics and mix-up
     square=False,  # pictures are resized to image_size x image_size, whatever their proportions
-    workers=None, skip_bad_images=False,
+    workers=None, skip_bad_images=False, allow_outside=False,
     # model
     detector="detr", size=None,  # ECDet's: nano, s, m, l, x
     backbone=None, backbone_weights=None,
@@ -100,6 +100,7 @@ def parse_arguments(description):
     data.add_argument("--rotate", type=float, metavar="DEG", help="rotation by up to this many degrees (default 0)")
     data.add_argument("--workers", type=int, metavar="N", help="processes that prepare pictures")
     data.add_argument("--skip-bad-images", action="store_true", help="leave out pictures that can't be read, instead of stopping")
+    data.add_argument("--allow-outside", action="store_true", help="files may lie outside of DIR, through links, .. or absolute paths")
     model = parser.add_argument_group("model")
     model.add_argument("--recipe", choices=RECIPES, help="meta: DETR as published; ecdet: ECDet as published, the default for an ECDet that does not start from random weights; dino: DINO as published, 12 epochs; every option below and above still applies")
     model.add_argument("--detector", choices=DETECTORS, help="detr: ours (default); detr-2020: as published; ecdet: EdgeCrafter's real-time detector; dino: deformable, over four scales; ssd: torchvision's head, as a baseline")

@@ -26,7 +26,7 @@ class SSDDetector(nn.Module):
         self.backbone = backbone
         self.pyramid = build_pyramid(backbone, pyramid, STRIDES, hidden_dim)
         levels = len(self.pyramid.strides)
-        scales = [0.07, *torch.linspace(0.15, 1.05, levels).tolist()]  # SSD300's, spread over as many levels as there are
+        scales = [0.07, *(0.15 + 0.9 * i / (levels - 1) for i in range(levels))]  # SSD300's, spread over as many levels as there are
         self.boxes = DefaultBoxGenerator([[2]] + [[2, 3]] * (levels - 1), scales=scales, steps=list(self.pyramid.strides))
         self.box_coder = parts_of_ssd(1 + num_classes).box_coder
         self.head = SSDHead(list(self.pyramid.channels), self.boxes.num_anchors_per_location(), 1 + num_classes)

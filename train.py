@@ -245,7 +245,9 @@ def prepare_data(s):
     if data == "data/demo" and not Path(data).exists():
         print("drawing the demo into data/demo")
         make_demo(data)
-    splits = load_splits(data, s.get("train_split"), s.get("val_split"), s.get("skip_bad_images", False), s.get("layout"), s.get("val_fraction", 0.2))
+    splits = load_splits(
+        data, s.get("train_split"), s.get("val_split"), s.get("skip_bad_images", False), s.get("layout"), s.get("val_fraction", 0.2), s.get("allow_outside", False)
+    )  # fmt: skip
     for split in splits:
         boxes = sum(int((~record.ignored).sum()) for record in split.records)
         print(f"{split.name}: {len(split.records):,} pictures, {boxes:,} boxes, {len(split.classes)} classes")

@@ -134,7 +134,7 @@ def test_unreadable_pictures_are_named_ten_at_most(tmp_path):
         (lambda d: d["annotations"][0].pop("bbox"), "annotation 1: KeyError"),
         (lambda d: d["images"].append(d["images"][0]), "an id is used twice"),
         (lambda d: d.pop("categories"), "not a COCO annotation file"),
-        (lambda d: d["images"][0].pop("file_name"), "image 10 has no file_name"),
+        (lambda d: d["images"][0].pop("file_name"), "image 10: KeyError 'file_name'"),
         (lambda d: d["categories"][0].update(name="other"), "category 1 is 'kind 1' in val but 'other' in train"),
     ],
 )

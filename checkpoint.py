@@ -23,18 +23,30 @@ CLASS_LAYERS = re.compile(r"class|score_head")
 
 
 def save_checkpoint(path, content):
-    """Writes content under its final name whole or not at all: a temporary file, flushed to disk, then renamed."""
+    """Writes content under its final name whole or not at all, as `write_whole`. Raises UserError."""
+    try:
+        write_whole(path, lambda file: torch.save({"format": FORMAT, **content}, file))
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{path}: can't be written ({error}); what it held before is whole. Free some space, or choose another --out") from None
+
+
+def write_whole(path, content):
+    """Writes a file whole or not at all: under a temporary name, flushed to disk, then renamed. content: bytes, or what writes them to a file."""
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     try:
         with open(partial, "wb") as file:
-            torch.save({"format": FORMAT, **content}, file)
+            file.write(content) if isinstance(content, bytes) else content(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except (OSError, RuntimeError) as error:
+    except BaseException:
         partial.unlink(missing_ok=True)
-        raise UserError(f"{path}: can't be written ({error}); free some space or choose another --out") from None
+        raise
+    if os.name == "posix":  # the new name is on disk only when its folder is
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
 
 
 def read_checkpoint(path):
@@ -80,8 +92,8 @@ def checked(content, path):
         if not all(isinstance(name, str) for name in classes) or len(classes) != config["num_classes"] or len(classes) != len(content["category_ids"]):
             raise ValueError("classes, category_ids and num_classes do not belong together")
         for key, most in LARGEST.items():
-            if config.get(key) is not None and not 0 <= config[key] <= most:
-                raise ValueError(f"{key} is not in 0 .. {most:,}")
+            if config.get(key) is not None and not 1 <= config[key] <= most:
+                raise ValueError(f"{key} is not in 1 .. {most:,}")
         with torch.device("meta"):
             wanted = build_model(config | {"backbone_weights": None})[0].state_dict()
         mismatched = [key for key, value in content["model"].items() if key in wanted and value.shape != wanted[key].shape]
@@ -140,6 +152,7 @@ def fetch_folder(name):
     """USER/NAME on the hub -> the folder it was downloaded to, or None where the name can't be one."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or Path(str(name)).suffix or Path(str(name)).parent.is_dir():
         return None
+    print(f"{name}: is not here; asking the Hugging Face hub for it")
     try:
         return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=["model.safetensors", "config.json"]))
     except Exception as error:  # the hub's client raises many kinds

@@ -20,7 +20,7 @@ from detector import to_image
 from errors import UserError, run
 from plots import pyplot
 from transforms import MEAN, STD
-from weights import with_patch_size
+from weights import Offline, with_patch_size
 
 METHODS = {"pinv": "pseudo-inverse", "bicubic": "bicubic", "crop": "none (zeros around)", "new": "newly initialised"}
 
@@ -70,6 +70,7 @@ def main():
     parser.add_argument("--grid", type=int, default=16, metavar="N", help="patches along a picture's shortest side (default 16)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="patches.png", metavar="FILE", help="default: patches.png")
+    parser.add_argument("--offline", action=Offline)
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
     spec = find_spec(arguments.backbone)

@@ -123,11 +123,19 @@ def whole(state):
     return state.full_tensor().cpu() if isinstance(state, DTensor) else state
 
 
-def spread(state, optimizer):
-    """The other way round, for the optimiser of a sharded model: its whole state -> this process's part."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    like = lambda value, p: distribute_tensor(value, p.device_mesh, p.placements) if isinstance(p, DTensor) and value.shape == p.shape else value
-    return state | {"state": {i: {key: like(value, parameters[i]) for key, value in values.items()} for i, values in state["state"].items()}}
+def like(value, sharded):
+    """The other way round: a whole tensor -> this process's part, where `sharded` is one."""
+    return distribute_tensor(value, sharded.device_mesh, sharded.placements) if isinstance(sharded, DTensor) and value.shape == sharded.shape else value
+
+
+def load(model, optimizers, state):
+    """Fills a model and its optimisers from {"model", "optimizers"}, their whole states."""
+    own = model.state_dict()
+    model.load_state_dict({key: like(value, own.get(key)) for key, value in state["model"].items()})
+    for optimizer, content in zip(optimizers, state.get("optimizers", [])):
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        parts = {i: {key: like(value, parameters[i]) for key, value in values.items()} for i, values in content["state"].items()}
+        optimizer.load_state_dict(content | {"state": parts})
 
 
 def clip_gradients(parameters, longest):

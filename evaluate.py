@@ -24,17 +24,21 @@ from errors import UserError, run
 from layouts import load_splits
 from mistakes import confusion, find_cases, worst
 from transforms import eval_transforms
+from weights import Offline
 
 NAMES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_1", "AR_10", "AR_100", "AR_small", "AR_medium", "AR_large")  # fmt: skip
 
 
 @torch.no_grad()
-def evaluate(model, postprocess, loader, split, device):
+def evaluate(model, postprocess, loader, split, device, stopped=lambda: False):
     """-> ({figure: value}, {index: detections on the CPU}); -1 where there is nothing to measure, as in pycocotools. Of several
-    processes each has a part of the pictures, and all get the figures of the whole."""
+    processes each has a part of the pictures, and all get the figures of the whole. stopped: asked before every batch; where it says so
+    -> None, None."""
     model.eval()
     found = {}
     for images, mask, targets in loader:
+        if stopped():
+            return None, None
         outputs = model(images.to(device, memory_format=torch.channels_last), mask.to(device))
         sizes = torch.stack([t["orig_size"] for t in targets]).to(device)
         for target, detections in zip(targets, postprocess(outputs, sizes)):
@@ -114,6 +118,7 @@ def main():
     parser.add_argument("--image-size", type=int, metavar="S", help="shortest side (default: that of the run)")
     parser.add_argument("--pictures", metavar="DIR", help="also draws precision over recall, which class was taken for which, and the worst mistakes")
     parser.add_argument("--batch-size", type=int, default=8, metavar="B")
+    parser.add_argument("--offline", action=Offline)
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, postprocess, content = load_detector(arguments.checkpoint, device)

@@ -26,7 +26,7 @@ from demo_data import draw_picture
 from detector import ExportedDetector, canvas_size, to_canvas, to_image
 from errors import UserError, run
 from transforms import MEAN, STD
-from weights import first_line
+from weights import Offline, first_line
 
 SCORES_WITHIN, BOXES_WITHIN = 1e-3, 0.5  # what an exported detection may differ by: in score, and in pixels
 
@@ -108,6 +108,7 @@ def main():
     parser.add_argument("--image-size", type=int, nargs=2, metavar=("H", "W"), help="of the graph (default: what the picture gets in PyTorch)")
     parser.add_argument("--any-size", action="store_true", help="the graph takes pictures of any size that is padded to multiples of 32 (of a plain ViT's patch)")
     parser.add_argument("--out", metavar="FILE", help="default: the checkpoint's name with another ending")
+    parser.add_argument("--offline", action=Offline)
     arguments = parser.parse_args()
     model, postprocess, content = load_detector(arguments.checkpoint)
     if not hasattr(postprocess, "best"):

@@ -21,6 +21,7 @@ from detector import to_image
 from errors import UserError, run
 from plots import heading, tile
 from transforms import MEAN, STD
+from weights import Offline
 
 
 @torch.no_grad()
@@ -58,6 +59,7 @@ def main():
     parser.add_argument("--layers", metavar="I,J,..", help="blocks, counted from 0 (default: the last alone)")
     parser.add_argument("--image-size", type=int, default=448, metavar="S", help="shortest side (default 448)")
     parser.add_argument("--out", default="features.png", metavar="FILE", help="default: features.png")
+    parser.add_argument("--offline", action=Offline)
     arguments = parser.parse_args()
     if not arguments.backbone and not arguments.checkpoint:
         raise UserError("which features? give --backbone NAME or --checkpoint FILE")

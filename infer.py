@@ -22,6 +22,7 @@ from errors import UserError, run
 from layouts import IMAGE_SUFFIXES
 from plots import draw_boxes
 from video import VIDEO_SUFFIXES, detect_in_video
+from weights import Offline
 
 
 def find_pictures(arguments):
@@ -60,6 +61,7 @@ def main():
     parser.add_argument("--image-size", type=int, metavar="S", help="shortest side, or both (default: that of the training)")
     parser.add_argument("--tile", type=int, nargs="?", const=0, metavar="S", help="cut pictures larger than S pixels into overlapping tiles of S (default S: the image size)")
     parser.add_argument("--out", default="detections", metavar="DIR", help="default: detections")
+    parser.add_argument("--offline", action=Offline)
     arguments = parser.parse_args()
     if arguments.tile is not None and arguments.tile < 0:
         raise UserError(f"--tile has to be more than 0, not {arguments.tile}")

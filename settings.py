@@ -16,6 +16,7 @@ from detr_model import DETECTORS
 from ecdet_model import SIZES
 from errors import UserError
 from layouts import LAYOUTS
+from weights import Offline
 
 DEFAULTS = dict(
     # data
@@ -140,6 +141,7 @@ def parse_arguments(description):
     out.add_argument("--keep-every", type=int, metavar="N", help="also keep a checkpoint every N epochs (default 0: none; meta: 50)")
     out.add_argument("--patience", type=int, metavar="N", help="end after N epochs without a better AP (default: never)")
     out.add_argument("--tensorboard", action="store_true", help="also log for TensorBoard, into the run's folder")
+    out.add_argument("--offline", action=Offline)
     out.add_argument("--resume", metavar="RUN", help="go on with this run, with its own settings")
     given = vars(parser.parse_args())
     resume = given.pop("resume", None)

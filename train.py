@@ -15,6 +15,7 @@ end, precision_recall.png, confusion.png and mistakes.png in runs/NAME.
 
 import json
 import math
+import os
 import re
 import signal
 import sys
@@ -32,7 +33,7 @@ from tqdm import tqdm
 import distributed
 import plots
 from backbones import parameter_depths
-from checkpoint import read_checkpoint, save_checkpoint, start_from
+from checkpoint import read_checkpoint, save_checkpoint, start_from, write_whole
 from datasets import DetectionDataset, EndlessBatches, collate
 from demo_data import make_demo
 from detr_model import build_model
@@ -42,6 +43,11 @@ from layouts import load_splits
 from muon import Muon
 from settings import DEFAULTS, parse_arguments, settle
 from transforms import eval_transforms, train_transforms
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
 
 MUON_LR = 30  # Muon's learning rate relative to AdamW's: 0.024 beside 8e-4
 MUON_DECAY = 0.1
@@ -73,14 +79,12 @@ def main():
     model, criterion, postprocess = build_model(without_weights if saved else s)
     if initial:
         start_from(model, initial, train.classes, given["init"])
-    if saved:
-        model.load_state_dict(saved["training"]["model"])
     if s["checkpoint_activations"]:
         model.backbone.checkpoint_activations()
     average = None  # running average of the weights: what is evaluated and kept
     if s["ema"]:
         average = build_model(without_weights)[0].requires_grad_(False)
-        average.load_state_dict(saved["model"] if saved else model.state_dict())
+        average.load_state_dict(model.state_dict())
     for part in (model, average) if s["ema"] else (model,):
         if shard:  # which takes no other memory format
             distributed.shard(part.backbone, device)
@@ -91,21 +95,25 @@ def main():
     print(f"{s['detector']} on {s['backbone']} (weights: {s['init'] or s['backbone_weights']}), {millions:.1f} M parameters, {device.type}, {s['precision']}")
 
     # Where the run stands
-    step, spent, best, best_epoch, sums, counted = 0, 0.0, -math.inf, 0, {}, 0
+    step, spent, best, best_epoch, sums, counted, lr_scale = 0, 0.0, -math.inf, 0, {}, 0, 1.0
     folder = Path(resume or s["out"])
+
+    def restore(saved):
+        distributed.load(model, optimizers, saved["training"])
+        distributed.load(detector, [], saved)
+
     if saved:
+        restore(saved)
         state = saved["training"]
         step, spent, best, sums, counted = (state[key] for key in ("step", "spent", "best", "sums", "counted"))
-        best_epoch = state.get("best_epoch", 0)
-        for optimizer, content in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(distributed.spread(content, optimizer))
+        best_epoch, lr_scale = state.get("best_epoch", 0), state.get("lr_scale", 1.0)
         torch.set_rng_state(state["rng"])
         if device.type == "cuda" and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"])
     if rank:
         torch.manual_seed(s["seed"] + 1000 * rank + step)
     else:
-        open_folder(folder, s, step)
+        lock = open_folder(folder, s, step)  # noqa: F841 - held until the process ends, however it ends
     board = open_board(folder) if s["tensorboard"] and not rank else None
     trained = model if world == 1 else distributed.replicate(model, device)
 
@@ -117,7 +125,7 @@ def main():
     def save_last():
         cuda_rng = torch.cuda.get_rng_state() if device.type == "cuda" else None
         save("last.pth", training={
-            "step": step, "spent": spent, "best": best, "best_epoch": best_epoch, "sums": sums, "counted": counted,
+            "step": step, "spent": spent, "best": best, "best_epoch": best_epoch, "sums": sums, "counted": counted, "lr_scale": lr_scale,
             "model": distributed.whole(model.state_dict()), "optimizers": [distributed.whole(o.state_dict()) for o in optimizers],
             "rng": torch.get_rng_state(), "cuda_rng": cuda_rng,
         })  # fmt: skip
@@ -143,10 +151,19 @@ def main():
 
     # Training
     stop = []  # filled by Ctrl-C: the step under way is finished first
+
+    def ask_to_stop(*_):
+        stop.append(True)
+        if len(stop) > 2:
+            raise KeyboardInterrupt
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.append(True))
-    last_evaluation, evaluation_seconds, bad_steps, best_found = time.time(), 0.0, 0, None
-    stopped = patience_over = False
+        signal.signal(number, ask_to_stop)
+    last_evaluation, evaluation_seconds, best_found = time.time(), 0.0, None
+    stopped = patience_over = rolled_back = False
+    skipped, skipped_before, bad = 0, 0, []  # steps without a finite gradient: how many, by the last epoch's end, and the pictures of those in a row
+    statistics = [value for name, value in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
+    sound = [value.clone() for value in statistics]
     bar = tqdm(total=100, bar_format="{desc} {percentage:3.0f}% {bar:20} {postfix}", disable=True if rank else None, leave=False)
     with distributed.lost_process(None if shard else save_last, folder):
         while used(step) < 1 and not stopped and not patience_over:
@@ -155,12 +172,16 @@ def main():
             train_backbone = step // steps_per_epoch >= s["freeze_backbone"]
             model.backbone.requires_grad_(train_backbone).train(train_backbone)
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-                group["lr"] = group["peak_lr"] * learning_rate_factor(used(step), s)
+                group["lr"] = group["peak_lr"] * lr_scale * learning_rate_factor(used(step), s)
+            if statistics:
+                torch._foreach_copy_(sound, statistics)
+            shown, found_losses = [], []
             for part in range(s["accumulate"]):
                 trained.require_backward_grad_sync = part == s["accumulate"] - 1  # several processes: gradients are sent with the last
                 images, mask, targets = next(stream)
-                if step == 0 and not counted and not rank:
+                if step == 0 and part == 0 and not rank:
                     plots.draw_batch(images, mask, targets, train.classes).save(folder / "train_batch.png")
+                shown += [str(train.records[t["image_id"]].path) for t in targets]
                 images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
                 mask = mask.to(device, non_blocking=True)
                 targets = [{key: value.to(device) for key, value in t.items() if torch.is_tensor(value)} for t in targets]
@@ -169,21 +190,28 @@ def main():
                 losses = criterion(outputs, targets)
                 loss = sum(losses.values())
                 (loss / s["accumulate"]).backward()
-                sums = {name: sums.get(name, 0.0) + value.detach() for name, value in losses.items()}
-                counted += 1
+                found_losses.append({name: value.detach() for name, value in losses.items()})
             norm = distributed.clip_gradients(list(model.parameters()), s["clip"] or math.inf)
             if torch.isfinite(norm):
                 for optimizer in optimizers:
                     optimizer.step()
-                bad_steps = 0
-            else:  # the weights stay as they were
-                bad_steps += 1
-                tqdm.write(f"step {step}: the loss or a gradient is not finite; step left out")
-                if bad_steps == 10:
-                    raise UserError(f"ten steps in a row without a finite loss; try a lower --lr than {s['lr']}, or --precision float32")
+                if average is not None:
+                    update_average(average, model, step, s["ema_horizon"])
+                for losses in found_losses:
+                    sums = {name: sums.get(name, 0.0) + value for name, value in losses.items()}
+                counted, bad = counted + len(found_losses), []
+            else:  # the weights stay as they were, and what batch norms have seen
+                if statistics:
+                    torch._foreach_copy_(statistics, sound)
+                skipped, bad = skipped + 1, [*bad, shown]
+                tqdm.write(f"step {step}: the loss or a gradient is not finite; step left out, {skipped} so far")
+                if len(bad) == 3:
+                    if rolled_back or not distributed.from_first((folder / "last.pth").exists()):
+                        give_up(bad, folder, rank, s)
+                    restore(distributed.from_first(None if rank else read_checkpoint(folder / "last.pth")))
+                    rolled_back, lr_scale, bad = True, lr_scale / 2, []
+                    tqdm.write(f"three in a row: back to the weights of {folder / 'last.pth'}, with half the learning rate from now on")
             model.zero_grad()
-            if average is not None:
-                update_average(average, model, step, s["ema_horizon"])
             step += 1
             spent, stopped = distributed.most_of([spent + time.time() - started, float(bool(stop))], device)
             if not bar.disable and step % 5 == 0:
@@ -197,13 +225,20 @@ def main():
             # End of an epoch, or of the budget
             epoch = math.ceil(step / steps_per_epoch)
             row = {"epoch": epoch, "step": step, "minutes": round(spent / 60, 3), "lr": optimizers[0].param_groups[-1]["lr"]}
-            row["losses"] = {name: round(float(distributed.mean_of(value / counted, device)), 5) for name, value in sums.items()}
+            row["losses"] = {name: round(float(distributed.mean_of(value / max(1, counted), device)), 5) for name, value in sums.items()}
+            row |= {"skipped": skipped} if skipped else {}
             sums, counted = {}, 0
             due = epoch % s["eval_every"] == 0 if s["eval_every"] else time.time() - last_evaluation >= 9 * evaluation_seconds
-            if distributed.from_first(due) or used(step) >= 1:
+            figures, over = None, used(step) >= 1
+            if over:
+                save_last()
+            if over or (distributed.from_first(due) and not stopped):
                 started = time.time()
+                stop_early = lambda: not over and distributed.most_of([float(bool(stop))], device)[0]
                 with autocast(s, device):
-                    figures, found = evaluate(detector, postprocess, val_loader, val, device)
+                    figures, found = evaluate(detector, postprocess, val_loader, val, device, stop_early)
+                stopped = stopped or figures is None
+            if figures is not None:
                 row |= {name: round(value, 4) for name, value in figures.items()}
                 if figures["AP"] >= best:
                     best, best_epoch, best_found = figures["AP"], epoch, found
@@ -223,6 +258,7 @@ def main():
             measured = f"AP {row['AP']:.3f}  AP50 {row['AP50']:.3f}" if "AP" in row else "AP -"
             tqdm.write(f"epoch {epoch:3d}  {spent / 60:5.1f} min  loss {sum(row['losses'].values()):7.3f}  {measured}")
             save_last()
+            rolled_back, skipped_before = rolled_back and skipped > skipped_before, skipped
             if s["keep_every"] and epoch % s["keep_every"] == 0:
                 save(f"epoch{epoch:04d}.pth")
 
@@ -257,17 +293,41 @@ def prepare_data(s):
 
 
 def open_folder(folder, s, step):
-    """Makes a new run's folder, or cuts a resumed run's log back to the step that was saved."""
+    """Makes a new run's folder, or cuts a resumed run's log back to the step that was saved -> the lock that keeps others out."""
     log = folder / "log.jsonl"
     if step == 0 and (folder / "last.pth").exists():
         raise UserError(f"{folder} already holds a run; go on with --resume {folder}, or choose another --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(s, indent=1))
-        rows = log.read_text().splitlines(keepends=True) if log.exists() and step else []
-        log.write_text("".join(row for row in rows if json.loads(row)["step"] <= step))
+        lock = fcntl and os.open(folder, os.O_RDONLY)
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        write_whole(folder / "config.json", json.dumps(s, indent=1).encode())
+        write_whole(log, "".join(line for line in read_rows(log) if step and json.loads(line)["step"] <= step).encode())
+    except BlockingIOError:
+        raise UserError(f"{folder}: another process is training in it; wait for it, or choose another --out") from None
     except OSError as error:
         raise UserError(f"{folder}: can't be written ({error.strerror}); choose another --out") from None
+    return lock
+
+
+def read_rows(log):
+    """The lines of log.jsonl; one that was cut off by a crash is left out."""
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    return [line for line in lines if line.endswith("}\n")]
+
+
+def give_up(bad, folder, rank, s):
+    """Writes down which pictures led to numbers that are not finite. Raises UserError."""
+    by_process = distributed.gathered({rank: bad})
+    named = [name for batches in by_process.values() for names in batches for name in names]
+    if not rank:
+        (folder / "bad_batches.txt").write_text("".join(f"{name}\n" for name in named))
+    few = ", ".join(named[:3])
+    raise UserError(
+        f"three steps in a row without a finite loss, again; their {len(named)} pictures ({few}, ...) are named in {folder / 'bad_batches.txt'}. "
+        f"Look at them, or try a lower --lr than {s['lr']}, or --precision float32"
+    )
 
 
 def open_board(folder):

@@ -4,10 +4,13 @@ Meta's, MAE's, MuM's and VGGT's own files are renamed to what transformers reads
 decoder, a text tower) is counted and said.
 """
 
+import argparse
+import os
 import re
 import urllib.error
 from pathlib import Path
 
+import huggingface_hub
 import torch
 import torch.nn.functional as F
 import transformers
@@ -129,11 +132,24 @@ def with_patch_size(model, spec, method):
     return resized
 
 
+class Offline(argparse.Action):
+    """A script's --offline: nothing is downloaded from then on; what the caches hold still opens."""
+
+    def __init__(self, **options):
+        super().__init__(**options | dict(nargs=0, default=argparse.SUPPRESS, help="download nothing: use only files that are here, and the caches'"))
+
+    def __call__(self, *_):
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+
+
 def download(url):
     """-> the path of a released file, downloaded once into torch's cache. Raises UserError."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
+        if huggingface_hub.constants.HF_HUB_OFFLINE:
+            raise UserError(f"{url}: is not in the cache ({path}), and --offline forbids downloading it")
         print(f"downloading {url}")
         fetch(lambda: torch.hub.download_url_to_file(url, str(path)), url)
     return path

@@ -120,10 +120,9 @@ for i, batch in enumerate(batches):
     if i == 2:  # saved whole, and opened anew
         weights, state = distributed.whole(two.state_dict()), distributed.whole(theirs.state_dict())
         two = copy.deepcopy(start)
-        two.load_state_dict(weights)
         distributed.shard(two.backbone, device)
         trained, theirs = distributed.replicate(two, device), adam(two)
-        theirs.load_state_dict(distributed.spread(state, theirs))
+        distributed.load(two, [theirs], {"model": weights, "optimizers": [state]})
     norms = step(one, one, ours, batch), step(two, trained, theirs, batch[rank::2])
     assert abs(norms[0] - norms[1]) < 1e-6 * norms[0] + 1e-7, norms
     for name, value in distributed.whole(two.state_dict()).items():

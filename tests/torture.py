@@ -1,0 +1,150 @@
+"""Trainings that are killed, stopped and left running for long: what the quick tests do once, often.
+
+    python tests/torture.py kill --times 30      SIGKILL at random moments, resumed each time: the weights of an undisturbed run, to the bit
+    python tests/torture.py stop --times 10      the same with SIGTERM and SIGINT, which save first
+    python tests/torture.py long --steps 2000    memory and open files after 200 steps and after 2,000, with two workers
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from conftest import ROOT, write_coco
+
+SMALL = ["--backbone", "ecvit-nano", "--image-size", "64", "--batch-size", "4", "--num-queries", "30", "--decoder-layers", "1"]
+
+
+def start(*arguments):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, arguments)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def weights_of(run):
+    content = torch.load(run / "last.pth", weights_only=True)
+    return content["training"]["step"], content["model"] | {f"training.{key}": value for key, value in content["training"]["model"].items()}
+
+
+def disturbed(base, times, signals, seed=0, steps=90, epoch=3, spread=4.0):
+    """Trains once undisturbed and once with a signal at each of `times` random moments, from before the first checkpoint to the last
+    -> (signals sent while it ran, steps that the last of them found). AssertionError where the end weights differ in one bit, or
+    where a file that says it is whole isn't."""
+    rng = random.Random(seed)
+    data = write_coco(base / "data", {"train": 4 * epoch, "val": 4})
+    arguments = ["--data", data, *SMALL, "--steps", steps, "--eval-every", 4]
+    whole = start(*arguments, "--out", base / "whole")
+    began = time.time()
+    said = whole.communicate()[0]
+    assert whole.returncode == 0, said
+    took, run, sent, step = time.time() - began, base / "disturbed", 0, 0
+    while True:
+        process = start("--resume", run) if (run / "last.pth").exists() else start(*arguments, "--out", run)
+        if sent < times:
+            try:
+                said = process.communicate(timeout=wait_for(process, run, rng, took / spread))[0]
+            except subprocess.TimeoutExpired:
+                process.send_signal(rng.choice(signals))
+                said = process.communicate()[0]
+                sent += 1
+                if (run / "last.pth").exists():
+                    found = weights_of(run)[0]
+                    assert found >= step, f"step {found} after {step}"
+                    step = found
+                for name in ("best.pth", "config.json"):
+                    if (run / name).exists():
+                        torch.load(run / name, weights_only=True) if name.endswith("pth") else json.loads((run / name).read_text())
+                assert process.returncode in (-signal.SIGKILL, -signal.SIGTERM, 130, 0), said
+                continue
+        else:
+            said = process.communicate()[0]
+        assert process.returncode == 0, said
+        break
+    (steps_a, a), (steps_b, b) = weights_of(base / "whole"), weights_of(run)
+    assert steps_a == steps_b == steps and a.keys() == b.keys()
+    different = [key for key in a if not torch.equal(a[key], b[key])]
+    assert not different, f"{len(different)} of {len(a)} tensors differ after {sent} signals: {different[:3]}"
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == sorted({row["step"] for row in rows}) and rows[-1]["step"] == steps
+    return sent, step
+
+
+def wait_for(process, run, rng, longest):
+    """Seconds until the signal: from the moment that the training has begun, so that imports are not all that is killed."""
+    config = run / "config.json"
+    before = config.stat().st_mtime if config.exists() else 0
+    while process.poll() is None and not (config.exists() and config.stat().st_mtime > before):
+        time.sleep(0.01)
+    return 0.01 + rng.random() * longest
+
+
+def tree_of(pid):
+    """A process and its children."""
+    found, waiting = [], [pid]
+    while waiting:
+        pid = waiting.pop()
+        try:
+            waiting += [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
+            found.append(pid)
+        except OSError:
+            continue
+    return found
+
+
+def load_of(pid):
+    """-> (resident MiB of a process and its children, their open files)."""
+    mebibytes = files = 0
+    for each in tree_of(pid):
+        try:
+            mebibytes += sum(int(line.split()[1]) for line in Path(f"/proc/{each}/smaps_rollup").read_text().splitlines() if line.startswith("Pss:")) / 1024
+            files += len(list(Path(f"/proc/{each}/fd").iterdir()))
+        except OSError:
+            continue
+    return mebibytes, files
+
+
+def long(base, steps, early=200):
+    """Trains on; -> {step: (MiB, open files)} at `early` steps and at the end."""
+    data = write_coco(base / "data", {"train": 400, "val": 8})
+    process = start("--data", data, *SMALL, "--steps", steps + 100, "--workers", 2, "--eval-every", 100, "--out", base / "run")
+    log, loads = base / "run" / "log.jsonl", {}
+    while process.poll() is None and len(loads) < 2:
+        time.sleep(0.2)
+        rows = log.read_text().splitlines() if log.exists() else []
+        step = json.loads(rows[-1])["step"] if rows and rows[-1].endswith("}") else 0
+        for mark in (early, steps):
+            if step >= mark and mark not in loads:
+                loads[mark] = load_of(process.pid)
+    process.kill()
+    said = process.communicate()[0]
+    assert len(loads) == 2, said
+    return loads
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["kill", "stop", "long"])
+    parser.add_argument("--times", type=int, default=30, metavar="N")
+    parser.add_argument("--steps", type=int, default=2000, metavar="N")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    began = time.time()
+    with tempfile.TemporaryDirectory() as base:
+        if arguments.what == "long":
+            for step, (mebibytes, files) in long(Path(base), arguments.steps).items():
+                print(f"after {step} steps: {mebibytes:.1f} MiB, {files} open files")
+        else:
+            signals = [signal.SIGKILL] if arguments.what == "kill" else [signal.SIGTERM, signal.SIGINT]
+            sent, step = disturbed(Path(base), arguments.times, signals, arguments.seed, steps=180, spread=arguments.times / 5)
+            print(f"{sent} signals, the last at step {step} or later; the end weights are those of an undisturbed run, to the bit")
+    print(f"{time.time() - began:.0f} seconds")
+
+
+if __name__ == "__main__":
+    main()

@@ -80,7 +80,10 @@ class DetectionDataset(torch.utils.data.Dataset):
         record = self.split.records[index]
         image = None if self.cache is None else self.cache.get(index)
         if image is None:
-            image = TF.pil_to_tensor(read_image(record.path, record.upright))
+            try:
+                image = TF.pil_to_tensor(read_image(record.path, record.upright))
+            except Exception as error:  # it could be read when the run began
+                raise UserError(f"{record.path}: can't be read any more ({error})") from None
             if self.cache is not None:
                 self.cache[index] = image
         keep = ~record.ignored

@@ -20,6 +20,11 @@ def run(main):
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except Exception as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; this file does without torch
+            raise
+        print("error: the GPU's memory is full; smaller --batch-size with more --accumulate, a smaller --image-size, or --checkpoint-activations", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -146,7 +146,7 @@ def main():
     val_set = DetectionDataset(val, eval_transforms(s["image_size"], s["square"]), cache_bytes)
     batches = EndlessBatches(len(train_set), s["batch_size"], s["seed"], phase, step * s["accumulate"], (rank, world))
     # A loader draws a number when it starts; with a generator of its own it leaves the training's alone.
-    stream = iter(DataLoader(train_set, batch_sampler=batches, generator=torch.Generator(), **workers))
+    stream = while_readable(DataLoader(train_set, batch_sampler=batches, generator=torch.Generator(), **workers), None if shard else save_last, folder)
     val_loader = DataLoader(val_set, batch_size=max(1, s["batch_size"] // world), sampler=distributed.share(len(val_set)), generator=torch.Generator(), **workers)
 
     # Training
@@ -414,6 +414,17 @@ def update_average(average, model, step, horizon):
     ours, theirs = ([distributed.local(value) for value in m.state_dict().values()] for m in (average, model))
     real = [i for i, value in enumerate(ours) if value.is_floating_point()]
     torch._foreach_lerp_([ours[i] for i in real], [theirs[i] for i in real], weight)
+
+
+def while_readable(loader, save, folder):
+    """Its batches; where one can't be had any more, saves what was learnt (save may be None). Raises UserError."""
+    try:
+        yield from loader
+    except (UserError, OSError, RuntimeError) as error:  # a worker's error comes with its traceback
+        if save is not None:
+            save()
+        cause = str(error).strip().splitlines()[-1].removeprefix("errors.UserError: ")
+        raise UserError(f"{cause}; what was learnt is saved, go on with --resume {folder}") from None
 
 
 def ignore_interrupts(_):

@@ -99,6 +99,33 @@ def test_a_log_that_a_crash_cut_off_is_gone_on_with(tmp_path):
     assert (tmp_path / "log.jsonl").read_text() == "".join(rows[:4])
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_picture_that_vanishes_ends_a_run_that_can_be_gone_on_with(workers, tiny_data, tmp_path, monkeypatch, capsys):
+    real, trouble = datasets.read_image, tmp_path / "trouble"
+
+    def reading(path, upright=True):
+        if trouble.exists() and "train2017" in str(path):
+            raise OSError("stale file handle")
+        return real(path, upright)
+
+    keep = train.save_checkpoint
+    monkeypatch.setattr(datasets, "read_image", reading)
+    monkeypatch.setattr(train, "save_checkpoint", lambda path, content: (keep(path, content), trouble.touch() if path.name == "last.pth" else None))
+    monkeypatch.setattr(train, "DetectionDataset", lambda split, transforms, cache_bytes: datasets.DetectionDataset(split, transforms))
+    status, _, error = called(train.main, ["--data", tiny_data, *SMALL, "--steps", 60, "--workers", workers, "--out", tmp_path / "run"], monkeypatch, capsys)
+    assert status == 2 and error.count("\n") == 1, error
+    assert "train2017" in error and "can't be read any more (stale file handle); what was learnt is saved, go on with --resume" in error
+    assert read_checkpoint(tmp_path / "run" / "last.pth")["training"]["step"] >= 3
+
+
+def test_a_full_gpu_is_said_in_a_line(monkeypatch, capsys):
+    def full():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    status, _, error = called(full, [], monkeypatch, capsys)
+    assert status == 2 and error.count("\n") == 1 and "--accumulate" in error
+
+
 # Numbers that go bad
 
 

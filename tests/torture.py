@@ -98,11 +98,11 @@ def tree_of(pid):
 
 
 def load_of(pid):
-    """-> (resident MiB of a process and its children, their open files)."""
+    """-> (MiB of their own that a process and its children hold, their open files)."""
     mebibytes = files = 0
     for each in tree_of(pid):
         try:
-            mebibytes += sum(int(line.split()[1]) for line in Path(f"/proc/{each}/smaps_rollup").read_text().splitlines() if line.startswith("Pss:")) / 1024
+            mebibytes += sum(int(line.split()[1]) for line in Path(f"/proc/{each}/smaps_rollup").read_text().splitlines() if line.startswith("Pss_Anon:")) / 1024  # libraries are other processes' too
             files += len(list(Path(f"/proc/{each}/fd").iterdir()))
         except OSError:
             continue

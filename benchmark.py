@@ -3,25 +3,38 @@
     python benchmark.py --detector ecdet --size s                  inference at 640x640; the step: 16 pictures of 256x256, 5 boxes each
     python benchmark.py --detector detr --backbone dinov3-vits16
     python benchmark.py --detector ecdet --size s --compile        inference with torch.compile, its warm-up not counted
-    python benchmark.py --relative                                 the same step of ECDet-S's nearest relative in transformers, DEIMv2
+    python benchmark.py --peers                                    beside what people would use instead, see peers.py; minutes
+    python benchmark.py --peers detr matcher                       beside some of them
+
+In --peers the two take turns in one process; memory is each one's alone, in a process of its own. The limit is the time that the step's
+matrix products would take at the rate of a large one.
 """
 
 import argparse
 import resource
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
+from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from detr_model import DETECTORS, build_model
 from ecdet_model import SIZES
+from datasets import DetectionDataset
+from detr_loss import HungarianMatcher
 from ecvit import fold
-from errors import run
+from errors import UserError, run
+from layouts import Record, Split
+from peers import CLASSES, PAIRS
 from settings import DEFAULTS, fast_bfloat16
-
-CLASSES = 80
+from transforms import MEAN, STD, train_transforms
 
 
 def random_targets(pictures, boxes, device):
@@ -38,26 +51,6 @@ def build(arguments, device):
     )  # fmt: skip
     model, criterion, _ = build_model(config)
     return model.to(device, memory_format=torch.channels_last), criterion
-
-
-class Relative(torch.nn.Module):
-    """transformers' DEIMv2 with ECDet-S's widths, depths and points: the same kind of backbone, encoder, decoder and losses."""
-
-    def __init__(self, dim=192, ffn=512):
-        super().__init__()
-        vit = transformers.DINOv3ViTConfig(
-            hidden_size=dim, num_hidden_layers=12, num_attention_heads=3, intermediate_size=4 * dim, num_register_tokens=0, out_indices=[3, 7, 11],
-        )  # fmt: skip
-        config = transformers.Deimv2Config(
-            backbone_config=vit, d_model=dim, encoder_hidden_dim=dim, encoder_in_channels=[dim] * 3, decoder_in_channels=[dim] * 3,
-            encoder_ffn_dim=ffn, decoder_ffn_dim=ffn, decoder_layers=4, decoder_n_points=[3, 6, 3], hidden_expansion=0.34, depth_mult=0.67,
-            encoder_activation_function="silu", freeze_backbone_batch_norms=False, num_labels=CLASSES,
-        )  # fmt: skip
-        self.model = transformers.Deimv2ForObjectDetection(config)
-
-    def forward(self, images, mask, targets):
-        labels = [{"class_labels": t["labels"], "boxes": t["boxes"]} for t in targets]
-        return self.model(pixel_values=images, pixel_mask=(~mask).long(), labels=labels).loss
 
 
 def picture_batch(count, side, device):
@@ -77,6 +70,153 @@ def timed(function, device, repeats):
     return seconds[3:]
 
 
+def in_turns(functions, device, repeats):
+    """Calls one after the other, repeats times -> the median seconds of each, the first two rounds left out."""
+    seconds = [[] for _ in functions]
+    for _ in range(repeats + 2):
+        for function, found in zip(functions, seconds):
+            started = time.perf_counter()
+            function()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            found.append(time.perf_counter() - started)
+    return [statistics.median(found[2:]) for found in seconds]
+
+
+def product_rate(device, n=4096):
+    """Operations a second of a large float32 matrix product."""
+    a = torch.randn(n, n, device=device)
+    return 2 * n**3 / min(timed(lambda: a @ a, device, 3))
+
+
+def training_step(model, images, mask, targets):
+    def step():
+        model(images, mask, targets).backward()
+        model.zero_grad()
+
+    return step
+
+
+def contestants(name, device):
+    """-> ours, theirs, and what they are given: the training step's batch, and pictures to detect in."""
+    make, _, side, pictures, detect_side = PAIRS[name]
+    torch.manual_seed(0)
+    models = [model.to(device) for model in make()]
+    models[0].to(memory_format=torch.channels_last)
+    images, mask = picture_batch(pictures, side, device)
+    return models, (images, mask, random_targets(pictures, 5, device)), picture_batch(8, detect_side, device)
+
+
+def compare(name, device, repeats, rate):
+    """Prints the rows of one peer."""
+    (ours, theirs), batch, (images, mask) = contestants(name, device)
+    _, whose, side, pictures, detect_side = PAIRS[name]
+    with FlopCounterMode(display=False) as counter:
+        training_step(ours.train(), *batch)()
+    limit = counter.get_total_flops() / rate
+    plain = batch[0].contiguous(), *batch[1:]
+    seconds = in_turns([training_step(ours, *batch), training_step(theirs.train(), *plain)], device, repeats)
+    show(f"{name}: step, {pictures} of {side}", whose, *seconds, limit)
+    fold(ours.eval()).requires_grad_(False)
+    theirs.eval()
+    for count in (1, 8):
+        given = images[:count], mask[:count]
+        plain = given[0].contiguous(), given[1]
+        with torch.no_grad():
+            with FlopCounterMode(display=False) as counter:
+                ours(*given)
+            seconds = in_turns([lambda: ours(*given), lambda: theirs(*plain)], device, repeats)
+        show(f"{name}: detect, {count} of {detect_side}", whose, *seconds, counter.get_total_flops() / rate)
+    peaks = [float(subprocess.run([sys.executable, __file__, "--memory", name, which], capture_output=True, text=True, check=True).stdout) for which in ("ours", "theirs")]
+    print(f"{name + ': memory of the step':34s} {peaks[0]:8.2f} GiB   {peaks[1]:8.2f} GiB   {peaks[1] / peaks[0]:5.2f}")
+
+
+def show(what, whose, ours, theirs, limit=None):
+    share = f"{limit / ours:6.0%}" if limit else "     -"
+    print(f"{what:34s} {1000 * ours:8.1f} ms    {1000 * theirs:8.1f} ms    {theirs / ours:5.2f} {share}  {whose}", flush=True)
+
+
+def peak_memory(name, which, device):
+    """GiB that a process needs at most for some steps, without what it has before its first."""
+    models, batch, _ = contestants(name, device)
+    model = models[which == "theirs"].train()
+    del models
+    held = lambda: torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = torch.cuda.memory_allocated() if device.type == "cuda" else 1024 * int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() // 1024
+    step = training_step(model, *batch)
+    for _ in range(3):
+        step()
+    return (held() - before) / 2**30
+
+
+def compare_matchers(device, repeats):
+    """Six layers, 8 pictures of 20 objects, 300 queries: ours at once, transformers' one after the other."""
+    from transformers.loss.loss_for_object_detection import HungarianMatcher as Theirs
+
+    torch.manual_seed(0)
+    logits, boxes = torch.randn(6, 8, 300, CLASSES + 1, device=device), 0.25 + 0.5 * torch.rand(6, 8, 300, 4, device=device)
+    targets = random_targets(8, 20, device)
+    labels = [{"class_labels": t["labels"], "boxes": t["boxes"]} for t in targets]
+    ours, theirs = HungarianMatcher(1, 5, 2, class_loss="softmax"), Theirs(1, 5, 2)
+    each = lambda: [theirs({"logits": logit, "pred_boxes": box}, labels) for logit, box in zip(logits, boxes)]
+    show("matcher: 6 x 8 x 300, 20 objects", "transformers'", *in_turns([lambda: ours(logits, boxes, targets), each], device, repeats))
+
+
+def compare_loading(device, repeats):
+    """Meta's transforms on photographs of 640x480, one core: ours, and torchvision's own, composed as its reference scripts do."""
+    from torchvision import tv_tensors
+    from torchvision.transforms import v2
+
+    rng, threads = np.random.default_rng(0), torch.get_num_threads()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        records = []
+        for i in range(12):
+            path = Path(folder) / f"{i}.jpg"
+            pixels = Image.fromarray(rng.integers(0, 255, (60, 80, 3), dtype=np.uint8)).resize((640, 480), Image.BICUBIC)
+            pixels.save(path, quality=92)
+            corner = rng.uniform(0, 300, (7, 2))
+            boxes = np.concatenate([corner, corner + rng.uniform(20, 150, (7, 2))], axis=1)
+            records.append(Record(i, path, 640, 480, boxes, np.zeros(7, dtype=np.int64), np.full(7, 900.0), np.zeros(7, dtype=bool)))
+        ours = DetectionDataset(Split("train", ["a"], [1], records), train_transforms(800, "meta"))
+        sides = [range(480, 801, 32), (500, 550, 600)]
+        resize = v2.RandomShortestSize(list(sides[0]), 1333)
+        window = v2.Compose([v2.RandomShortestSize(list(sides[1])), v2.RandomCrop((492, 492)), resize])  # the mean of Meta's sides
+        reference = v2.Compose([
+            v2.ToImage(), v2.RandomHorizontalFlip(), v2.RandomChoice([resize, window]), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD),
+            v2.SanitizeBoundingBoxes(), v2.ConvertBoundingBoxFormat("CXCYWH"), v2.ToPureTensor(),
+        ])  # fmt: skip
+
+        def theirs():
+            for i, seed, *_ in drawn:
+                torch.manual_seed(seed)
+                record = records[i]
+                image = Image.open(record.path).convert("RGB")
+                boxes = tv_tensors.BoundingBoxes(torch.from_numpy(record.boxes).float(), format="XYXY", canvas_size=(480, 640))
+                reference(image, {"boxes": boxes, "labels": torch.from_numpy(record.labels)})
+
+        drawn = [(i, seed, 0.5, False) for seed in range(8) for i in range(len(records))]
+        seconds = in_turns([lambda: [ours[index] for index in drawn], theirs], torch.device("cpu"), repeats)
+    torch.set_num_threads(threads)
+    show("loading: a picture, Meta's transforms", "torchvision's", *(found / len(drawn) for found in seconds))
+
+
+def compare_all(names, device, repeats):
+    others = {"matcher": compare_matchers, "loading": compare_loading}
+    unknown = [name for name in names if name not in {**PAIRS, **others}]
+    if unknown:
+        raise UserError(f"--peers {unknown[0]}: there are {', '.join([*PAIRS, *others])}")
+    transformers.logging.set_verbosity_error()
+    rate = product_rate(device)
+    print(f"a product of 4096x4096 float32 matrices: {rate / 1e9:.0f} GFLOP/s; {torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__}")
+    print(f"{'':34s} {'ours':>11s} {'theirs':>14s}    {'ratio':>5s} {'limit':>6s}")
+    for name in names or [*PAIRS, *others]:
+        if name in PAIRS:
+            compare(name, device, repeats, rate)
+        else:
+            others[name](device, repeats)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--detector", choices=DETECTORS, default="ecdet")
@@ -87,17 +227,21 @@ def main():
     parser.add_argument("--batch-size", type=int, default=16, metavar="B", help="of the training step (default 16)")
     parser.add_argument("--repeats", type=int, default=10, metavar="N", help="calls that are timed (default 10)")
     parser.add_argument("--compile", action="store_true", help="inference with torch.compile")
-    parser.add_argument("--relative", action="store_true", help="only the training step of transformers' DEIMv2 in ECDet-S's sizes")
+    parser.add_argument("--peers", nargs="*", metavar="NAME", help=f"beside {', '.join(PAIRS)}, matcher, loading (default: all of them)")
+    parser.add_argument("--memory", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     precisions = [torch.float32] + [torch.bfloat16] * fast_bfloat16()
-    show = lambda what, seconds: print(f"{what:56s} median {1000 * statistics.median(seconds):8.1f} ms, fastest {1000 * min(seconds):8.1f}")
+    report = lambda what, seconds: print(f"{what:56s} median {1000 * statistics.median(seconds):8.1f} ms, fastest {1000 * min(seconds):8.1f}")
 
-    if arguments.relative:
-        model, criterion = Relative().to(device), lambda loss, targets: {"loss": loss}
-    else:
-        model, criterion = build(arguments, device)
+    if arguments.memory:
+        print(peak_memory(*arguments.memory, device))
+        return
+    if arguments.peers is not None:
+        compare_all(arguments.peers, device, arguments.repeats)
+        return
+    model, criterion = build(arguments, device)
     model.train()
     images, mask = picture_batch(arguments.batch_size, arguments.train_size, device)
     targets = random_targets(arguments.batch_size, 5, device)
@@ -109,12 +253,9 @@ def main():
             sum(criterion(outputs, targets).values()).backward()
             model.zero_grad()
 
-        show(f"training step, {len(images)} x {arguments.train_size}x{arguments.train_size}, {str(precision)[6:]}", timed(step, device, arguments.repeats))
+        report(f"training step, {len(images)} x {arguments.train_size}x{arguments.train_size}, {str(precision)[6:]}", timed(step, device, arguments.repeats))
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(f"peak memory of the whole process so far: {peak / 2**30:.2f} GiB")
-    if arguments.relative:
-        return
-
     model = fold(model.eval()).requires_grad_(False)
     images, mask = picture_batch(1, arguments.image_size, device)
     with torch.no_grad():
@@ -126,7 +267,7 @@ def main():
         for precision in precisions:
             with torch.autocast(device.type, precision, enabled=precision != torch.float32):
                 seconds = timed(lambda: detect(images, mask), device, 3 * arguments.repeats)
-            show(f"inference, 1 x {arguments.image_size}x{arguments.image_size}, {str(precision)[6:]}{', compiled' if arguments.compile else ''}", seconds)
+            report(f"inference, 1 x {arguments.image_size}x{arguments.image_size}, {str(precision)[6:]}{', compiled' if arguments.compile else ''}", seconds)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def read_image(path, upright=True):
     """Any picture file -> RGB PIL image: turned as its EXIF says, transparency over white, 16 bits scaled to 8."""
     with open_image(path) as image:
         if upright:
-            image = ImageOps.exif_transpose(image)
+            ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith(("I", "F")):
             values = np.asarray(image, dtype=np.float32)
             top = 65535 if image.mode.startswith("I") and values.max() > 255 else max(values.max(), 1) if image.mode == "F" else 255
@@ -36,7 +36,8 @@ def read_image(path, upright=True):
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+        image.load()
+        return image if image.mode == "RGB" else image.convert("RGB")
 
 
 class DetectionDataset(torch.utils.data.Dataset):
@@ -133,7 +134,7 @@ def collate(batch, divisor=32):
     """[(image, target)] -> images (B, 3, H, W) padded at the right and bottom to multiples of divisor, mask (B, H, W) True on padding, targets."""
     images, targets = zip(*batch)
     h, w = (-(-max(i.shape[d] for i in images) // divisor) * divisor for d in (1, 2))
-    padded = images[0].new_zeros(len(images), 3, h, w)
+    padded = images[0].new_zeros(len(images), h, w, 3).permute(0, 3, 1, 2)  # channels last
     mask = torch.ones(len(images), h, w, dtype=torch.bool)
     for image, row, row_mask in zip(images, padded, mask):
         row[:, : image.shape[1], : image.shape[2]] = image

@@ -139,8 +139,10 @@ class DETR(nn.Module):
         memory_pos = grid_embedding(*mask_coordinates(padding), features.shape[1]).to(features.dtype)
         memory = features.flatten(2).transpose(1, 2)
         bias = padding_bias(padding.flatten(1))
-        for layer in self.encoder:  # a ViT's thousands of tokens: their attention is recomputed, not kept
-            memory = checkpoint(layer, memory, memory_pos, bias, use_reentrant=False) if self.training else layer(memory, memory_pos, bias)
+        # With dropout the attention among a ViT's thousands of tokens has no fused kernel on CPUs: it is recomputed, not kept.
+        recompute = self.training and self.encoder[0].dropout.p > 0 and memory.device.type == "cpu"
+        for layer in self.encoder:
+            memory = checkpoint(layer, memory, memory_pos, bias, use_reentrant=False) if recompute else layer(memory, memory_pos, bias)
         query_pos = self.query_pos.expand(images.shape[0], -1, -1)
         queries = torch.zeros_like(query_pos)
         outputs = []

@@ -32,7 +32,7 @@ def weights_of(run):
     return content["training"]["step"], content["model"] | {f"training.{key}": value for key, value in content["training"]["model"].items()}
 
 
-def disturbed(base, times, signals, seed=0, steps=90, epoch=3, spread=4.0):
+def disturbed(base, times, signals, seed=0, steps=90, epoch=3):
     """Trains once undisturbed and once with a signal at each of `times` random moments, from before the first checkpoint to the last
     -> (signals sent while it ran, steps that the last of them found). AssertionError where the end weights differ in one bit, or
     where a file that says it is whole isn't."""
@@ -40,15 +40,15 @@ def disturbed(base, times, signals, seed=0, steps=90, epoch=3, spread=4.0):
     data = write_coco(base / "data", {"train": 4 * epoch, "val": 4})
     arguments = ["--data", data, *SMALL, "--steps", steps, "--eval-every", 4]
     whole = start(*arguments, "--out", base / "whole")
-    began = time.time()
     said = whole.communicate()[0]
     assert whole.returncode == 0, said
-    took, run, sent, step = time.time() - began, base / "disturbed", 0, 0
+    took = 60 * json.loads((base / "whole" / "log.jsonl").read_text().splitlines()[-1])["minutes"]
+    run, sent, step = base / "disturbed", 0, 0
     while True:
         process = start("--resume", run) if (run / "last.pth").exists() else start(*arguments, "--out", run)
         if sent < times:
             try:
-                said = process.communicate(timeout=wait_for(process, run, rng, took / spread))[0]
+                said = process.communicate(timeout=wait_for(process, run, rng, 1.5 + 3 * took / times))[0]
             except subprocess.TimeoutExpired:
                 process.send_signal(rng.choice(signals))
                 said = process.communicate()[0]
@@ -141,7 +141,7 @@ def main():
                 print(f"after {step} steps: {mebibytes:.1f} MiB, {files} open files")
         else:
             signals = [signal.SIGKILL] if arguments.what == "kill" else [signal.SIGTERM, signal.SIGINT]
-            sent, step = disturbed(Path(base), arguments.times, signals, arguments.seed, steps=180, spread=arguments.times / 5)
+            sent, step = disturbed(Path(base), arguments.times, signals, arguments.seed, steps=180)
             print(f"{sent} signals, the last at step {step} or later; the end weights are those of an undisturbed run, to the bit")
     print(f"{time.time() - began:.0f} seconds")
 

@@ -1,0 +1,134 @@
+"""What people would use instead, in the same sizes and, where the architecture is the same, with the same weights: for benchmark.py.
+
+A contestant is called as `model(images, mask)` for its outputs, as `model(images, mask, targets)` for its loss.
+"""
+
+import torch
+import torchvision
+import transformers
+from torch import nn
+
+from backbones import build_backbone
+from detr_loss import HungarianMatcher, SetCriterion
+from detr_model import DETR, build_model
+from settings import DEFAULTS
+
+CLASSES = 80
+
+
+class Ours(nn.Module):
+    def __init__(self, model, criterion):
+        super().__init__()
+        self.model, self.criterion = model, criterion
+
+    def forward(self, images, mask, targets=None):
+        outputs = self.model(images, mask, targets)
+        return outputs if targets is None else sum(self.criterion(outputs, targets).values())
+
+
+class Transformers(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images, mask, targets=None):
+        if targets is None:
+            return self.model(pixel_values=images, pixel_mask=(~mask).long())
+        labels = [{"class_labels": t["labels"], "boxes": t["boxes"]} for t in targets]
+        return self.model(pixel_values=images, pixel_mask=(~mask).long(), labels=labels).loss
+
+
+class Torchvision(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images, mask, targets=None):
+        if targets is None:
+            return self.model(list(images))
+        h, w = images.shape[-2:]
+        scale = torch.tensor([w, h, w, h], device=images.device)
+        xyxy = lambda boxes: torchvision.ops.box_convert(boxes, "cxcywh", "xyxy") * scale
+        return sum(self.model(list(images), [{"labels": 1 + t["labels"], "boxes": xyxy(t["boxes"])} for t in targets]).values())
+
+
+def ours(detector, **settings):
+    config = DEFAULTS | dict(detector=detector, backbone_weights=None, num_classes=CLASSES, num_queries=300, hidden_dim=256, num_heads=8) | settings
+    return Ours(*build_model(config)[:2])
+
+
+def detr():
+    """DETR as published, on DINOv2-S: the same network, the same weights."""
+    theirs = transformers.DetrForObjectDetection(transformers.DetrConfig(
+        use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, num_queries=100, num_labels=CLASSES, auxiliary_loss=True, dropout=0.0,
+        backbone_config=transformers.Dinov2Config(hidden_size=384, num_attention_heads=6, patch_size=14, image_size=518, out_features=["stage12"]),
+    ))  # fmt: skip
+    model = DETR(build_backbone("dinov2-small"), CLASSES, dropout=0.0)
+    model.load_state_dict(model.state_dict() | detr_weights(theirs))
+    model.backbone.model.load_state_dict({key.split("backbone.model.")[-1]: value for key, value in theirs.state_dict().items() if "backbone.model." in key}, strict=False)
+    return Ours(model, SetCriterion(HungarianMatcher(1, 5, 2, class_loss="softmax"), class_loss="softmax")), Transformers(theirs)
+
+
+def detr_weights(theirs):
+    """transformers' DETR -> the state dict of ours, without the backbone's."""
+    state = {}
+    for key, value in theirs.state_dict().items():
+        if "backbone" in key:
+            continue
+        key = key.removeprefix("model.")
+        for old, new in [
+            ("input_projection", "input_proj"), ("encoder.layers", "encoder"), ("decoder.layers", "decoder"), ("decoder.layernorm", "norm"),
+            ("encoder_attn_layer_norm", "norm2"), ("encoder_attn", "cross_attn"), ("o_proj", "out_proj"), ("mlp.fc1", "linear1"), ("mlp.fc2", "linear2"),
+            ("fc1", "linear1"), ("fc2", "linear2"), ("query_position_embeddings.weight", "query_pos"),
+            ("class_labels_classifier", "class_head"), ("bbox_predictor", "box_head"), ("self_attn_layer_norm", "norm1"),
+        ]:  # fmt: skip
+            key = key.replace(old, new)
+        state[key.replace("final_layer_norm", "norm2" if key.startswith("encoder") else "norm3")] = value
+    return state
+
+
+def small_vit():
+    """ECViT-T's sizes, as transformers knows them."""
+    return transformers.DINOv3ViTConfig(hidden_size=192, num_hidden_layers=12, num_attention_heads=3, intermediate_size=768, num_register_tokens=0, out_indices=[3, 7, 11])
+
+
+def ecdet():
+    """ECDet-S, and the DEIMv2 of its widths, depths and points on a ViT of the same size."""
+    theirs = transformers.Deimv2ForObjectDetection(transformers.Deimv2Config(
+        backbone_config=small_vit(), d_model=192, encoder_hidden_dim=192, encoder_in_channels=[192] * 3, decoder_in_channels=[192] * 3,
+        encoder_ffn_dim=512, decoder_ffn_dim=512, decoder_layers=4, decoder_n_points=[3, 6, 3], hidden_expansion=0.34, depth_mult=0.67,
+        encoder_activation_function="silu", freeze_backbone_batch_norms=False, num_labels=CLASSES,
+    ))  # fmt: skip
+    return ours("ecdet", size="s", backbone="ecvitt"), Transformers(theirs)
+
+
+def dino():
+    """DINO and the two-stage Deformable DETR with box refinement, on DINOv3's ConvNeXt-T: 6 + 6 layers, 300 queries, four levels."""
+    theirs = transformers.DeformableDetrForObjectDetection(transformers.DeformableDetrConfig(
+        use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, num_labels=CLASSES, two_stage=True, with_box_refine=True,
+        auxiliary_loss=True, two_stage_num_proposals=300, dropout=0.0, encoder_ffn_dim=1024, decoder_ffn_dim=1024,
+        backbone_config=transformers.ConvNextConfig(out_features=["stage2", "stage3", "stage4"]),
+    ))  # fmt: skip
+    return ours("dino", backbone="dinov3-convnext-tiny", ffn_dim=1024, encoder_layers=6, decoder_layers=6, copies=1), Transformers(theirs)
+
+
+def ssd():
+    """The default detector on ECViT-T, and torchvision's SSD300 (VGG-16), which works at 300x300 whatever it is given."""
+    return ours("detr", backbone="ecvitt", ffn_dim=1024, decoder_layers=3), Torchvision(torchvision.models.detection.ssd300_vgg16(weights=None, weights_backbone=None, num_classes=CLASSES + 1))
+
+
+def faster_rcnn():
+    """The default detector on ECViT-T, and torchvision's Faster R-CNN (ResNet-50 with a feature pyramid)."""
+    return ours("detr", backbone="ecvitt", ffn_dim=1024, decoder_layers=3), Torchvision(torchvision.models.detection.fasterrcnn_resnet50_fpn(
+        weights=None, weights_backbone=None, num_classes=CLASSES + 1, min_size=256, max_size=1333,
+    ))  # fmt: skip
+
+
+# name: who, whose, side and pictures of the training step, side of inference
+PAIRS = {
+    "detr": (detr, "transformers' DETR", 224, 8, 448),
+    "ecdet": (ecdet, "transformers' DEIMv2", 256, 8, 640),
+    "dino": (dino, "transformers' Deformable DETR", 256, 4, 448),
+    "ssd": (ssd, "torchvision's SSD300", 256, 8, 320),
+    "faster-rcnn": (faster_rcnn, "torchvision's Faster R-CNN", 256, 8, 256),
+}  # fmt: skip

@@ -1,0 +1,80 @@
+"""What a training step costs, counted and not timed: what grows here, somebody has to want."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from detr_model import build_model
+from ecvit import fold
+from settings import DEFAULTS
+
+CONFIG = DEFAULTS | dict(backbone="ecvit-nano", backbone_weights=None, size="nano", num_classes=5, num_queries=50, hidden_dim=128, num_heads=4, ffn_dim=512,
+                         encoder_layers=1, decoder_layers=2, copies=40)  # fmt: skip
+# detector: GFLOPs of a step, operators of a step, MiB kept for the backward pass, GFLOPs and operators of detecting
+MOST = {"detr": (2.4, 1450, 11, 0.8, 380), "ecdet": (2.4, 2150, 21.5, 0.52, 550), "dino": (2.8, 1900, 17, 0.7, 610), "detr-2020": (1.1, 1010, 8, 0.37, 330)}
+
+
+class Counter(TorchDispatchMode):
+    """Counts the operators that compute something (no views), and the operations of products, convolutions and attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.operators, self.flops = 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        self.operators += not function.is_view
+        count = flop_registry.get(function._overloadpacket)
+        self.flops += count(*args, **(kwargs or {}), out_val=found) if count else 0
+        return found
+
+
+def cost(detector, pictures=2, objects=3, side=96, **changes):
+    torch.manual_seed(0)
+    model, criterion, _ = build_model(CONFIG | {"detector": detector} | changes)
+    images, mask = torch.randn(pictures, 3, side, side), torch.zeros(pictures, side, side, dtype=torch.bool)
+    targets = [{"labels": torch.randint(5, (objects,)), "boxes": 0.3 + 0.2 * torch.rand(objects, 4)} for _ in range(pictures)]
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with Counter() as step:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = sum(criterion(model(images, mask, targets), targets).values())
+        loss.backward()
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    activations = sum(size for pointer, size in kept.items() if pointer not in weights)
+    model = fold(model.eval())
+    with torch.no_grad(), Counter() as detecting:
+        model(images, mask)
+    return step.flops / 1e9, step.operators, activations / 2**20, detecting.flops / 1e9, detecting.operators
+
+
+@pytest.mark.parametrize("detector", MOST)
+def test_a_step_costs_no_more_than_it_did(detector):
+    found = cost(detector)
+    assert all(0.8 * most < value <= most for value, most in zip(found, MOST[detector])), [round(value, 3) for value in found]
+
+
+@pytest.mark.parametrize("detector", MOST)
+def test_many_objects_pictures_and_classes_take_no_more_operators(detector):
+    """All layers, pictures and objects are computed at once."""
+    few = cost(detector)
+    for changes in (dict(objects=20), dict(pictures=6), dict(num_classes=1203)):
+        assert cost(detector, **changes)[1] < 1.1 * few[1], changes
+
+
+@pytest.mark.parametrize("detector", ["detr", "ecdet", "detr-2020"])
+def test_costs_grow_no_faster_than_what_they_are_for(detector):
+    operations, _, kept, *_ = cost(detector)
+    twice = cost(detector, pictures=4)
+    assert twice[0] < 2.05 * operations and twice[2] < 2.05 * kept
+    larger = cost(detector, side=192)  # four times the pixels: the attention among them is quadratic, all else is not
+    assert larger[0] < 7 * operations and larger[2] < 4.5 * kept
+    queries = cost(detector, num_queries=100)  # self-attention among them is quadratic
+    assert queries[0] < 2 * operations and queries[2] < 2.2 * kept
+    classes, more = cost(detector, num_classes=1000), cost(detector, num_classes=2000)
+    assert more[0] - classes[0] < 1.05 * (classes[0] - operations) * 1000 / 995 and more[2] - classes[2] < 1.05 * (classes[2] - kept) * 1000 / 995

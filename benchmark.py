@@ -137,16 +137,25 @@ def show(what, whose, ours, theirs, limit=None):
 
 
 def peak_memory(name, which, device):
-    """GiB that a process needs at most for some steps, without what it has before its first."""
+    """GiB that three steps need at most, besides what was there before the first."""
     models, batch, _ = contestants(name, device)
     model = models[which == "theirs"].train()
     del models
-    held = lambda: torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    before = torch.cuda.memory_allocated() if device.type == "cuda" else 1024 * int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() // 1024
     step = training_step(model, *batch)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # the kernel's high-water mark starts anew
+    before = memory_of_this_process(device, "VmRSS")
     for _ in range(3):
         step()
-    return (held() - before) / 2**30
+    return memory_of_this_process(device, "VmHWM") - before
+
+
+def memory_of_this_process(device, line):
+    if device.type == "cuda":
+        return (torch.cuda.memory_allocated() if line == "VmRSS" else torch.cuda.max_memory_allocated()) / 2**30
+    return next(int(row.split()[1]) for row in Path("/proc/self/status").read_text().splitlines() if row.startswith(line)) / 2**20
 
 
 def compare_matchers(device, repeats):
@@ -189,7 +198,7 @@ def compare_loading(device, repeats):
 
         def theirs():
             for i, seed, *_ in drawn:
-                torch.manual_seed(seed)
+                torch.default_generator.manual_seed(seed)
                 record = records[i]
                 image = Image.open(record.path).convert("RGB")
                 boxes = tv_tensors.BoundingBoxes(torch.from_numpy(record.boxes).float(), format="XYXY", canvas_size=(480, 640))

@@ -60,7 +60,7 @@ class DetectionDataset(torch.utils.data.Dataset):
         index, seed, draw, mixed = index if isinstance(index, tuple) else (index, index, None, False)
         sample = self.load(index)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed keeps a note for every device that is not in use yet
             is_mosaic = mixed and float(torch.rand(())) < 0.5
             if is_mosaic:
                 sample = mosaic([sample, *(self.load(i) for i in torch.randint(len(self), (3,)).tolist())])

@@ -107,7 +107,7 @@ def dino():
     theirs = transformers.DeformableDetrForObjectDetection(transformers.DeformableDetrConfig(
         use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, num_labels=CLASSES, two_stage=True, with_box_refine=True,
         auxiliary_loss=True, two_stage_num_proposals=300, dropout=0.0, encoder_ffn_dim=1024, decoder_ffn_dim=1024,
-        backbone_config=transformers.ConvNextConfig(out_features=["stage2", "stage3", "stage4"]),
+        backbone_config=transformers.ConvNextConfig(hidden_sizes=[96, 192, 384, 768], depths=[3, 3, 9, 3], out_features=["stage2", "stage3", "stage4"]),
     ))  # fmt: skip
     return ours("dino", backbone="dinov3-convnext-tiny", ffn_dim=1024, encoder_layers=6, decoder_layers=6, copies=1), Transformers(theirs)
 

@@ -11,6 +11,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which every backbone here was trained with
+SCALE, SHIFT = 1 / (255 * torch.tensor(STD)), -torch.tensor(MEAN) / torch.tensor(STD)
 PER_BOX = ("labels", "area", "iscrowd")  # of a target, besides its boxes
 SHORT_SIDE, LONG_SIDE = 800, 1333  # what a size setting of 800 means; others scale everything in proportion
 
@@ -79,7 +80,7 @@ def normalized(image):
     convolutions have it. Rows of H at once, in place: four times as fast as channel by channel."""
     rows = image.as_subclass(torch.Tensor).permute(1, 2, 0).flatten(1).float()
     w = image.shape[-1]
-    scale, shift = (torch.tensor(values).repeat(w) for values in ([1 / (255 * s) for s in STD], [-m / s for m, s in zip(MEAN, STD)]))
+    scale, shift = SCALE.repeat(w), SHIFT.repeat(w)
     return torch.addcmul(shift, rows, scale, out=rows).unflatten(1, (w, 3)).permute(2, 0, 1)
 
 

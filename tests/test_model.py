@@ -5,6 +5,7 @@ from conftest import FixedFeatures
 
 from detr_loss import HungarianMatcher, SetCriterion
 from detr_model import DETR, PlainDETR, build_model, cell_coordinates
+from peers import detr_weights
 
 CONFIG = dict(
     detector="detr", backbone="ecvit-nano", backbone_weights=None, num_classes=3, num_queries=20, hidden_dim=32, num_heads=2,
@@ -22,26 +23,6 @@ def transformers_detr():
         num_queries=15, num_labels=5, auxiliary_loss=True, dropout=0.0,
     )  # fmt: skip
     return transformers.DetrForObjectDetection(config).eval()
-
-
-def copy_weights(theirs, ours):
-    """Fills our DETR from transformers'. Every weight of ours has to be met."""
-    state = {}
-    for key, value in theirs.state_dict().items():
-        if "backbone" in key:
-            continue
-        key = key.removeprefix("model.")
-        for old, new in [
-            ("input_projection", "input_proj"), ("encoder.layers", "encoder"), ("decoder.layers", "decoder"), ("decoder.layernorm", "norm"),
-            ("encoder_attn_layer_norm", "norm2"), ("encoder_attn", "cross_attn"), ("o_proj", "out_proj"), ("mlp.fc1", "linear1"), ("mlp.fc2", "linear2"),
-            ("fc1", "linear1"), ("fc2", "linear2"), ("query_position_embeddings.weight", "query_pos"),
-            ("class_labels_classifier", "class_head"), ("bbox_predictor", "box_head"),
-        ]:  # fmt: skip
-            key = key.replace(old, new)
-        key = key.replace("self_attn_layer_norm", "norm1")
-        key = key.replace("final_layer_norm", "norm2" if key.startswith("encoder") else "norm3")
-        state[key] = value
-    ours.load_state_dict(state)
 
 
 def test_published_detr_and_its_losses_agree_with_transformers():
@@ -62,7 +43,7 @@ def test_published_detr_and_its_losses_agree_with_transformers():
     while not torch.is_tensor(maps):  # the nesting differs between versions of transformers
         maps = maps[-1] if isinstance(maps, list) or not torch.is_tensor(maps[0]) else maps[0]
     ours = DETR(FixedFeatures([maps if maps.shape[1] == 24 else None], [32]), 5, 15, 32, 4, 48, encoder_layers=2, decoder_layers=3, dropout=0.0).eval()
-    copy_weights(theirs, ours)
+    ours.load_state_dict(detr_weights(theirs))  # every weight of ours has to be met
     with torch.no_grad():
         outputs = ours(images, mask)
     assert (outputs["pred_logits"] - expected.logits).abs().max() < 1e-4

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from test_commands import called
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+import benchmark
+import peers
 from detr_model import build_model
 from ecvit import fold
 from settings import DEFAULTS
@@ -78,3 +81,22 @@ def test_costs_grow_no_faster_than_what_they_are_for(detector):
     assert queries[0] < 2 * operations and queries[2] < 2.2 * kept
     classes, more = cost(detector, num_classes=1000), cost(detector, num_classes=2000)
     assert more[0] - classes[0] < 1.05 * (classes[0] - operations) * 1000 / 995 and more[2] - classes[2] < 1.05 * (classes[2] - kept) * 1000 / 995
+
+
+def test_the_benchmark_compares_the_same_network():
+    """With transformers' weights ours gives transformers' outputs; the others only have to give losses."""
+    ours, theirs = (model.eval() for model in peers.detr())
+    images, mask = torch.randn(1, 3, 56, 56), torch.zeros(1, 56, 56, dtype=torch.bool)
+    with torch.no_grad():
+        found, expected = ours(images, mask), theirs(images, mask)
+    assert (found["pred_logits"] - expected.logits).abs().max() < 1e-3 and (found["pred_boxes"] - expected.pred_boxes).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("name", ["matcher", "loading"])
+def test_the_benchmark_prints_both(name, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "product_rate", lambda device: 1e9)
+    status, out, err = called(benchmark.main, ["--peers", name, "--repeats", 1], monkeypatch, capsys)
+    assert status == 0, err
+    assert out.splitlines()[-1].count(" ms ") == 2
+    status, _, err = called(benchmark.main, ["--peers", "yolo"], monkeypatch, capsys)
+    assert status == 2 and "--peers yolo: there are detr, ecdet" in err

@@ -13,6 +13,7 @@ A run leaves config.json, log.jsonl, last.pth, best.pth, curves.png, train_batch
 end, precision_recall.png, confusion.png and mistakes.png in runs/NAME.
 """
 
+import atexit
 import gc
 import json
 import math
@@ -147,6 +148,7 @@ def main():
     val_set = DetectionDataset(val, eval_transforms(s["image_size"], s["square"]), cache_bytes)
     batches = EndlessBatches(len(train_set), s["batch_size"], s["seed"], phase, step * s["accumulate"], (rank, world))
     gc.freeze()  # a later collection would touch, and so copy, what the workers share with this process
+    atexit.register(gc.unfreeze)  # or some libraries take the end for a leak
     # A loader draws a number when it starts; with a generator of its own it leaves the training's alone.
     stream = while_readable(DataLoader(train_set, batch_sampler=batches, generator=torch.Generator(), **workers), None if shard else save_last, folder)
     val_loader = DataLoader(val_set, batch_size=max(1, s["batch_size"] // world), sampler=distributed.share(len(val_set)), generator=torch.Generator(), **workers)

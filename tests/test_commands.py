@@ -58,6 +58,7 @@ def finished_run(tiny_data, tmp_path_factory):
 
 def test_a_run_leaves_everything_it_promises(finished_run):
     _, folder, process = finished_run
+    assert "leaked" not in process.stderr  # what some libraries say of objects that are still there at the end
     assert {p.name for p in folder.iterdir()} == {"config.json", "log.jsonl", "last.pth", "best.pth", "curves.png", "train_batch.png", "val_samples.png",
                                                    "precision_recall.png", "confusion.png", "mistakes.png"}  # fmt: skip
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]

@@ -16,7 +16,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -25,15 +24,16 @@ import transformers
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from detr_model import DETECTORS, build_model
-from ecdet_model import SIZES
 from datasets import DetectionDataset
 from detr_loss import HungarianMatcher
+from detr_model import DETECTORS, build_model
+from ecdet_model import SIZES
 from ecvit import fold
 from errors import UserError, run
 from layouts import Record, Split
 from peers import CLASSES, PAIRS
 from settings import DEFAULTS, fast_bfloat16
+from timing import seconds_of
 from transforms import MEAN, STD, train_transforms
 
 
@@ -58,35 +58,15 @@ def picture_batch(count, side, device):
     return images, torch.zeros(count, side, side, dtype=torch.bool, device=device)
 
 
-def timed(function, device, repeats):
-    """Calls function -> the seconds of each call but the first three."""
-    seconds = []
-    for _ in range(repeats + 3):
-        started = time.perf_counter()
-        function()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-    return seconds[3:]
-
-
 def in_turns(functions, device, repeats):
-    """Calls one after the other, repeats times -> the median seconds of each, the first two rounds left out."""
-    seconds = [[] for _ in functions]
-    for _ in range(repeats + 2):
-        for function, found in zip(functions, seconds):
-            started = time.perf_counter()
-            function()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            found.append(time.perf_counter() - started)
-    return [statistics.median(found[2:]) for found in seconds]
+    """-> the median seconds of each."""
+    return [statistics.median(found) for found in seconds_of(functions, repeats, device)]
 
 
 def product_rate(device, n=4096):
     """Operations a second of a large float32 matrix product."""
     a = torch.randn(n, n, device=device)
-    return 2 * n**3 / min(timed(lambda: a @ a, device, 3))
+    return 2 * n**3 / min(seconds_of([lambda: a @ a], 3, device)[0])
 
 
 def training_step(model, images, mask, targets):
@@ -172,7 +152,7 @@ def compare_matchers(device, repeats):
 
 
 def compare_loading(device, repeats):
-    """Meta's transforms on photographs of 640x480, one core: ours, and torchvision's own, composed as its reference scripts do."""
+    """Meta's transforms on pictures of 640x480, one core: ours, and the nearest to them that torchvision's own parts make."""
     from torchvision import tv_tensors
     from torchvision.transforms import v2
 
@@ -262,7 +242,7 @@ def main():
             sum(criterion(outputs, targets).values()).backward()
             model.zero_grad()
 
-        report(f"training step, {len(images)} x {arguments.train_size}x{arguments.train_size}, {str(precision)[6:]}", timed(step, device, arguments.repeats))
+        report(f"training step, {len(images)} x {arguments.train_size}x{arguments.train_size}, {str(precision)[6:]}", seconds_of([step], arguments.repeats, device)[0])
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(f"peak memory of the whole process so far: {peak / 2**30:.2f} GiB")
     model = fold(model.eval()).requires_grad_(False)
@@ -275,7 +255,7 @@ def main():
         detect = torch.compile(model) if arguments.compile else model
         for precision in precisions:
             with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-                seconds = timed(lambda: detect(images, mask), device, 3 * arguments.repeats)
+                seconds = seconds_of([lambda: detect(images, mask)], 3 * arguments.repeats, device)[0]
             report(f"inference, 1 x {arguments.image_size}x{arguments.image_size}, {str(precision)[6:]}{', compiled' if arguments.compile else ''}", seconds)
 
 

@@ -10,7 +10,6 @@ Exit status 1 where anything disagrees.
 import argparse
 import statistics
 import sys
-import time
 from collections import Counter
 
 import torch
@@ -19,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from backbones import BACKBONES, LICENCES, build_backbone, find_spec
 from ecvit import fold
 from errors import UserError, run
+from timing import seconds_of
 
 
 def expected_maps(spec, size):
@@ -64,17 +64,6 @@ def _number_after(key, words):
     return next((b for a, b in zip(parts, parts[1:]) if a in words and b.isdigit()), None)
 
 
-@torch.no_grad()
-def timed(backbone, images, repeats=7):
-    """-> seconds of a forward pass, the median after two that are not counted."""
-    seconds = []
-    for _ in range(2 + repeats):
-        started = time.perf_counter()
-        backbone(images)
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds[2:])
-
-
 def licence_of(name):
     spec = find_spec(name)
     family = "vggt" if name.startswith("vggt") else spec.family
@@ -111,7 +100,9 @@ def main():
         print(f"disagrees: {line}", file=sys.stderr)
     if arguments.run and not wrong:
         images = torch.randn(1, 3, arguments.size, arguments.size).to(memory_format=torch.channels_last)
-        seconds = timed(fold(backbone.to(memory_format=torch.channels_last)), images)
+        folded = fold(backbone.to(memory_format=torch.channels_last))
+        with torch.no_grad():
+            seconds = statistics.median(seconds_of([lambda: folded(images)], 7)[0])
         print(f"{arguments.run}: built, run and as the table says; {1000 * seconds:.0f} ms for a picture of {arguments.size}x{arguments.size} on this CPU")
     sys.exit(1 if wrong else 0)
 

@@ -4,16 +4,15 @@
     python export.py ecdet_s.pth --format torch                        ecdet_s.pt2
     python infer.py photo.jpg --checkpoint runs/mine/best.onnx
 
-The graph takes `images` (B, 3, H, W), RGB in [0, 1], B as you like, H and W fixed or, with --any-size, multiples of 32, and gives `scores` and `labels` (B, D) and `boxes` (B, D, 4) xyxy
-pixels, best first; what labels mean is in the file's metadata. Before it is called done, its detections in the picture are
-compared with PyTorch's.
+The graph takes `images` (B, 3, H, W), RGB in [0, 1], B as you like, H and W fixed or, with --any-size, multiples of 32, and
+gives `scores` and `labels` (B, D) and `boxes` (B, D, 4) xyxy pixels, best first; what labels mean is in the file's metadata.
+Before it is called done, its detections in the picture are compared with PyTorch's.
 """
 
 import argparse
 import json
 import math
 import statistics
-import time
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +24,7 @@ from checkpoint import load_detector
 from demo_data import draw_picture
 from detector import ExportedDetector, canvas_size, to_canvas, to_image
 from errors import UserError, run
+from timing import seconds_of
 from transforms import MEAN, STD
 from weights import Offline, first_line
 
@@ -87,15 +87,6 @@ def write_torch(graph, images, path, metadata):
     torch.export.save(program, str(path), extra_files={"detector": json.dumps(metadata)})
 
 
-def milliseconds(function, repeats=10):
-    seconds = []
-    for _ in range(repeats + 2):
-        started = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - started)
-    return 1000 * statistics.median(seconds[2:])
-
-
 FORMATS = {"onnx": (".onnx", write_onnx), "torch": (".pt2", write_torch)}
 
 
@@ -150,7 +141,8 @@ def main():
         raise UserError(f"{out}: can't be written ({error.strerror or error})") from None
     finally:
         partial.unlink(missing_ok=True)
-    theirs, ours = milliseconds(lambda: exported.run(images[:1])), milliseconds(lambda: graph(images[:1]))
+    calls = seconds_of([lambda: exported.run(images[:1]), lambda: graph(images[:1])], 10)
+    theirs, ours = (1000 * statistics.median(seconds) for seconds in calls)
     print(f"{out}: {'any size' if arguments.any_size else f'{height}x{width}'}; differs from PyTorch by {score:.1e} in score and {pixels:.1e} pixels at most")
     print(f"one picture of {height}x{width}: {theirs:.1f} ms, PyTorch {ours:.1f} ms")
 

@@ -16,21 +16,19 @@ from settings import DEFAULTS
 CLASSES = 80
 
 
-class Ours(nn.Module):
-    def __init__(self, model, criterion):
+class Contestant(nn.Module):
+    def __init__(self, model, criterion=None):
         super().__init__()
         self.model, self.criterion = model, criterion
 
+
+class Ours(Contestant):
     def forward(self, images, mask, targets=None):
         outputs = self.model(images, mask, targets)
         return outputs if targets is None else sum(self.criterion(outputs, targets).values())
 
 
-class Transformers(nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
+class Transformers(Contestant):
     def forward(self, images, mask, targets=None):
         if targets is None:
             return self.model(pixel_values=images, pixel_mask=(~mask).long())
@@ -38,11 +36,7 @@ class Transformers(nn.Module):
         return self.model(pixel_values=images, pixel_mask=(~mask).long(), labels=labels).loss
 
 
-class Torchvision(nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
+class Torchvision(Contestant):
     def forward(self, images, mask, targets=None):
         if targets is None:
             return self.model(list(images))

@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 from conftest import ROOT, write_coco
 
+import plots
+
 SMALL = ["--backbone", "ecvit-nano", "--image-size", "64", "--batch-size", "4", "--num-queries", "30", "--decoder-layers", "1"]
 
 
@@ -128,12 +130,23 @@ def long(base, steps, early=200):
     return loads
 
 
+def draw_many_epochs(base, epochs=10_000):
+    """-> seconds that the curves of so many epochs take."""
+    losses = {f"loss_{k}": 1.0 + k for k in range(8)}
+    rows = ({"epoch": i, "step": 3 * i, "losses": losses, "lr": 1e-4} | ({"AP": 0.5, "AP50": 0.6, "AP75": 0.5} if i % 3 == 0 else {}) for i in range(1, epochs + 1))
+    (base / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    began = time.time()
+    plots.draw_curves(base / "log.jsonl", base / "curves.png")
+    return time.time() - began
+
+
 def try_out(what, arguments):
     began = time.time()
     with tempfile.TemporaryDirectory() as base:
         if what == "long":
             for step, (mebibytes, files) in long(Path(base), arguments.steps).items():
                 print(f"after {step} steps: {mebibytes:.1f} MiB, {files} open files")
+            print(f"the curves of 10,000 epochs: {draw_many_epochs(Path(base)):.1f} s")
         else:
             signals, times = ([signal.SIGKILL], 30) if what == "kill" else ([signal.SIGTERM, signal.SIGINT], 10)
             sent, step = disturbed(Path(base), arguments.times or times, signals, arguments.seed, steps=180)

@@ -86,8 +86,30 @@ class RotaryEmbedding(nn.Module):
 
 def rotate(x, sin, cos):
     """x (..., N, d) turned by the angles of sin, cos (N, d)."""
-    a, b = x.chunk(2, dim=-1)
-    return x * cos.to(x.dtype) + torch.cat([-b, a], dim=-1) * sin.to(x.dtype)
+    sin, cos = sin.to(x.dtype), cos.to(x.dtype)
+    return Rotation.apply(x, sin, cos) if torch.is_grad_enabled() and not torch.compiler.is_exporting() else turn(x, sin, cos)
+
+
+def turn(x, sin, cos):
+    half = x.shape[-1] // 2
+    turned = x * cos
+    turned[..., :half].addcmul_(x[..., half:], sin[:, :half], value=-1)
+    turned[..., half:].addcmul_(x[..., :half], sin[:, half:])
+    return turned
+
+
+class Rotation(torch.autograd.Function):
+    """The gradient of a rotation is the rotation back: half of what autograd would do, and nothing of x is kept."""
+
+    @staticmethod
+    def forward(ctx, x, sin, cos):
+        ctx.save_for_backward(sin, cos)
+        return turn(x, sin, cos)
+
+    @staticmethod
+    def backward(ctx, grad):
+        sin, cos = ctx.saved_tensors
+        return turn(grad, -sin, cos), None, None
 
 
 class Attention(nn.Module):

@@ -9,27 +9,32 @@ from torch import nn
 
 def weighted_samples(values, grid, weights):
     """values (N, c, h, w), grid (N, P, Q, 2) in [-1, 1], weights (N, P, Q) -> (N, c, Q): the sums of the weighted samples of each query."""
-    if torch.is_grad_enabled() and not torch.compiler.is_exporting():
+    if not torch.compiler.is_exporting():
         return WeightedSamples.apply(values, grid, weights)
     return (F.grid_sample(values, grid, align_corners=False) * weights[:, None]).sum(2)
 
 
 class WeightedSamples(torch.autograd.Function):
-    """The samples themselves, P times as large as their sums, are not kept but taken again in the backward pass, and both passes go in
-    pieces that a processor's cache holds: bytes cost more here than operations."""
+    """The samples themselves, P times as large as their sums, are not kept but taken again in the backward pass, and on a CPU both
+    passes go in pieces that its cache holds: bytes cost more here than operations."""
 
-    PIECE = 16
+    @staticmethod
+    def pieces(values, grid, *others):
+        rows = len(values)
+        if values.device.type == "cpu":  # a megabyte of samples for each thread, and two rows at least, as each thread takes whole ones
+            rows = torch.get_num_threads() * max(2, 2**20 // (4 * values.shape[1] * grid.shape[1] * grid.shape[2]))
+        return zip(*(x.split(rows) for x in (values, grid, *others)))
 
     @staticmethod
     def forward(ctx, values, grid, weights):
         ctx.save_for_backward(values, grid, weights)
-        pieces = zip(*(x.split(WeightedSamples.PIECE) for x in (values, grid, weights)))
-        return torch.cat([F.grid_sample(v, g, align_corners=False).mul_(w[:, None]).sum(2) for v, g, w in pieces])
+        samples = (F.grid_sample(v, g, align_corners=False).mul_(w[:, None]).sum(2) for v, g, w in WeightedSamples.pieces(values, grid, weights))
+        return torch.cat([*samples])
 
     @staticmethod
     def backward(ctx, grad):
         found = []
-        for v, g, w, of_sums in zip(*(x.split(WeightedSamples.PIECE) for x in (*ctx.saved_tensors, grad))):
+        for v, g, w, of_sums in WeightedSamples.pieces(*ctx.saved_tensors, grad):
             of_weights = F.grid_sample(v, g, align_corners=False).mul_(of_sums[:, :, None]).sum(1)
             of_samples = of_sums[:, :, None] * w[:, None]
             bilinear, zeros = 0, 0
@@ -65,18 +70,18 @@ class DeformableAttention(nn.Module):
         all). levels: maps (B, C, h, w).
         """
         batch, queries, dim = query.shape
-        offsets = self.sampling_offsets(query).view(batch, queries, self.heads, -1, 2)
-        if reference.shape[-1] == 4:
-            offsets = 0.5 * offsets * self.num_points_scale[:, None] * reference[:, :, None, None, 2:]
-        centre = reference[:, :, None, None, :2]
-        weights = self.attention_weights(query).view(batch, queries, self.heads, -1).softmax(-1)
-        weights = weights.permute(0, 2, 3, 1).flatten(0, 1)
+        # queries innermost: long rows are fast
+        offsets = self.sampling_offsets(query).transpose(1, 2).contiguous().view(batch, self.heads, -1, 2, queries)
+        weights = self.attention_weights(query).transpose(1, 2).contiguous().view(batch, self.heads, -1, queries).softmax(2).flatten(0, 1)
+        reference = reference.transpose(1, 2)[:, None, None]  # (B, 1, 1, 4 or 2, Q)
         out = 0
-        for i, (level, part, weight) in enumerate(zip(levels, offsets.split(self.points, dim=3), weights.split(self.points, dim=1))):
-            ratio = 1 if share is None else share[:, None, None, None, i]
-            in_cells = reference.shape[-1] == 2
-            grid = centre * ratio + part / centre.new_tensor(level.shape[:1:-1]) if in_cells else (centre + part) * ratio
-            grid = (2 * grid - 1).permute(0, 2, 3, 1, 4).flatten(0, 1)  # (B * heads, points, Q, 2): queries innermost, as long rows are faster
+        parts = offsets.split(self.points, dim=2), weights.split(self.points, dim=1), self.num_points_scale.split(self.points)
+        for i, (level, part, weight, scale) in enumerate(zip(levels, *parts)):
+            ratio = 1 if share is None else share[:, i, None, None, :, None]
+            in_cells = reference.shape[-2] == 2
+            reach = 2 / reference.new_tensor(level.shape[:1:-1])[:, None] if in_cells else ratio * reference[..., 2:, :] * scale[:, None, None]
+            grid = torch.addcmul(2 * ratio * reference[..., :2, :] - 1, part, reach)
+            grid = grid.transpose(-1, -2).flatten(0, 1)
             values = level.reshape(batch * self.heads, dim // self.heads, *level.shape[-2:])
             out = out + weighted_samples(values, grid, weight)
         return out.view(batch, dim, queries).transpose(1, 2)

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from layers import small_tensor
+
 
 def weighted_samples(values, grid, weights):
     """values (N, c, h, w), grid (N, P, Q, 2) in [-1, 1], weights (N, P, Q) -> (N, c, Q): the sums of the weighted samples of each query."""
@@ -79,7 +81,7 @@ class DeformableAttention(nn.Module):
         for i, (level, part, weight, scale) in enumerate(zip(levels, *parts)):
             ratio = 1 if share is None else share[:, i, None, None, :, None]
             in_cells = reference.shape[-2] == 2
-            reach = 2 / reference.new_tensor(level.shape[:1:-1])[:, None] if in_cells else ratio * reference[..., 2:, :] * scale[:, None, None]
+            reach = 2 / small_tensor(level.shape[:1:-1], level.device)[:, None] if in_cells else ratio * reference[..., 2:, :] * scale[:, None, None]
             grid = torch.addcmul(2 * ratio * reference[..., :2, :] - 1, part, reach)
             grid = grid.transpose(-1, -2).flatten(0, 1)
             values = level.reshape(batch * self.heads, dim // self.heads, *level.shape[-2:])

@@ -9,6 +9,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import box_convert
 
+from detr_loss import to_device
+
 LABEL_NOISE = 0.25  # share of the copies whose label is drawn anew
 
 
@@ -29,19 +31,21 @@ def make_denoising(targets, num_classes, num_queries, copies=100):
     As many groups of a positive and a negative copy of every object as fit `copies`, at least one. Groups see neither
     each other nor are seen by the num_queries matching queries, which come after them.
     """
-    most = max(len(t["labels"]) for t in targets)
+    sizes = [len(t["labels"]) for t in targets]
+    most = max(sizes)
     if most == 0:
         return None
     groups = max(1, copies // most)
     labels = pad_sequence([t["labels"] for t in targets], batch_first=True, padding_value=num_classes)
     boxes = pad_sequence([t["boxes"] for t in targets], batch_first=True).float()
-    place = torch.arange(2 * groups * most, device=labels.device)
+    place = torch.arange(2 * groups * most)
     negative = place // most % 2 == 1
 
-    real = labels < num_classes
+    real = torch.arange(most) < torch.tensor(sizes)[:, None]  # known on the host, which so need not wait for the device
     numbers = real.flatten().cumsum(0).view_as(real) - 1
     image, query = (real.repeat(1, 2 * groups) & ~negative).nonzero(as_tuple=True)
-    matches = image, query, numbers[image, query % most]
+    matches = to_device((image, query, numbers[image, query % most]), labels.device)
+    place, negative = (x.to(labels.device, non_blocking=True) for x in (place, negative))
 
     labels, boxes = labels.repeat(1, 2 * groups), boxes.repeat(1, 2 * groups, 1)
     flipped = (torch.rand(labels.shape, device=labels.device) < LABEL_NOISE) & (labels < num_classes)

@@ -66,7 +66,7 @@ class Detector:
     def detect(self, images):
         """PIL images -> [{"scores", "labels", "boxes"}] with everything that the network finds, on the CPU."""
         images_, mask, _ = collate([self.transform(*unlabelled(image), 0.0) for image in images], self.model.backbone.size_divisor)
-        outputs = self.model(images_.to(self.device, memory_format=torch.channels_last), mask.to(self.device))
+        outputs = self.model(images_.to(self.device, memory_format=torch.channels_last), mask)
         sizes = torch.tensor([[image.height, image.width] for image in images], device=self.device)
         return [{key: value.cpu() for key, value in detections.items()} for detections in self.postprocess(outputs, sizes)]
 

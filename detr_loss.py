@@ -54,40 +54,43 @@ class HungarianMatcher(nn.Module):
 
     @torch.no_grad()
     def forward(self, logits, boxes, targets):
-        """-> layer, image, query, object: index tensors (M,); `object` counts within its picture.
+        """-> layer, image, query, object: index tensors (M,) on the host; `object` counts within its picture.
 
-        The costs go to the host once. Where a picture has more objects than there are queries the dearest stay
+        The costs go to the host, once. Where a picture has more objects than there are queries the dearest stay
         unmatched; a cost that is not finite (a diverged network) counts as very high, and the loss will tell.
         """
         sizes = [len(t["labels"]) for t in targets]
-        device = logits.device
         if max(sizes, default=0) == 0:
-            return tuple(torch.zeros(4, 0, dtype=torch.long, device=device))
+            return tuple(torch.zeros(4, 0, dtype=torch.long))
         cost = self.cost(logits, boxes, targets).nan_to_num(1e6, 1e6, -1e6).cpu().numpy()
         rows = []
         for layer in range(len(cost)):
             for image, size in enumerate(sizes):
                 queries, objects = linear_sum_assignment(cost[layer, image, :, :size])
                 rows += [(layer, image, q, o) for q, o in zip(queries, objects)]
-        return tuple(torch.tensor(rows, dtype=torch.long).T.to(device))
+        return tuple(torch.tensor(rows, dtype=torch.long).T)
 
 
 @torch.no_grad()
-def assign_dense(cost, counts, k):
-    """The k cheapest pixels of every object: costs (B, N, T), counts (B,) objects -> image, pixel, object, (M,) each.
+def assign_dense(cost, sizes, k):
+    """The k cheapest pixels of every object: costs (B, N, T), sizes: objects of each picture -> image, pixel, object, (M,) each, on the host.
 
     A pixel that several objects claim goes to the cheapest. This is how the dense outputs are taught: one pixel an object
     would be too few examples to learn from a small data set.
     """
     if cost.shape[2] == 0:
-        return tuple(torch.zeros(3, 0, dtype=torch.long, device=cost.device))
-    missing = torch.arange(cost.shape[2], device=cost.device) >= counts[:, None]
-    cost = cost.nan_to_num(1e6, 1e6, -1e6).masked_fill(missing[:, None], torch.inf)
-    nearest = cost.topk(min(k, cost.shape[1]), dim=1, largest=False).indices
-    claimed = torch.zeros_like(cost, dtype=torch.bool).scatter_(1, nearest, True) & ~missing[:, None]
-    cheapest = cost.masked_fill(~claimed, torch.inf).argmin(-1)
-    image, pixel = claimed.any(-1).nonzero(as_tuple=True)
-    return image, pixel, cheapest[image, pixel]
+        return tuple(torch.zeros(3, 0, dtype=torch.long))
+    pixels = cost.shape[1]
+    cost, pixel = cost.nan_to_num(1e6, 1e6, -1e6).topk(min(k, pixels), dim=1, largest=False)
+    cost, pixel = torch.stack([cost, pixel.to(cost)]).cpu()  # (B, k, T) each, in one copy
+    exists = torch.arange(cost.shape[2]) < torch.tensor(sizes)[:, None, None]
+    image, _, target = exists.expand_as(cost).nonzero(as_tuple=True)
+    cost, pixel = cost[exists.expand_as(cost)], pixel[exists.expand_as(cost)].long()
+    place = image * pixels + pixel
+    order = cost.argsort(stable=True)
+    order = order[place[order].argsort(stable=True)]  # by place; within one, the cheapest first
+    first = order[place[order].diff(prepend=place.new_full((1,), -1)) > 0]
+    return image[first], pixel[first], target[first]
 
 
 class SetCriterion(nn.Module):
@@ -111,18 +114,18 @@ class SetCriterion(nn.Module):
         The sum is the loss. Boxes are averaged over the batch's objects; earlier layers' terms end in _aux_0, _aux_1, ...
         """
         suffixes, logits, boxes = stack_layers(outputs)
-        counts = torch.tensor([len(t["labels"]) for t in targets], device=logits.device)
-        layer, image, query, number = self.matcher(logits, boxes, targets)
-        total = share_of(sum(len(t["labels"]) for t in targets), logits.device)
-        losses = self.losses(logits, boxes, (layer, image, query, number_in_batch(counts, image, number)), targets, suffixes, total)
+        sizes, device = [len(t["labels"]) for t in targets], logits.device
+        total = share_of(sum(sizes), device)
+        indices = to_device(number_in_batch(sizes, *self.matcher(logits, boxes, targets)), device)
+        losses = self.losses(logits, boxes, indices, targets, suffixes, total)
         if "denoising" in outputs:
             suffixes, logits, boxes = stack_layers(outputs["denoising"])
             matches = repeat_matches(outputs["denoising"]["matches"], len(suffixes))
-            losses |= self.losses(logits, boxes, matches, targets, [f"{suffix}_dn" for suffix in suffixes], share_of(len(matches[0]) // len(suffixes), logits.device))
+            losses |= self.losses(logits, boxes, matches, targets, [f"{suffix}_dn" for suffix in suffixes], share_of(len(matches[0]) // len(suffixes), device))
         if "dense" in outputs:
             logits, boxes = (outputs["dense"][key][None].float() for key in ("pred_logits", "pred_boxes"))
-            image, pixel, target = assign_dense(self.matcher.cost(logits, boxes, targets)[0], counts, self.dense_k)
-            indices = torch.zeros_like(image), image, pixel, number_in_batch(counts, image, target)
+            image, pixel, target = assign_dense(self.matcher.cost(logits, boxes, targets)[0], sizes, self.dense_k)
+            indices = to_device(number_in_batch(sizes, torch.zeros_like(image), image, pixel, target), device)
             losses |= self.losses(logits, boxes, indices, targets, ["_dense"], self.dense_k * total)
         return losses
 
@@ -163,9 +166,15 @@ def stack_layers(outputs):
     return [f"_aux_{i}" for i in range(len(outputs["aux_outputs"]))] + [""] + [f"_{key}" for key in more], logits, boxes
 
 
-def number_in_batch(counts, image, number):
-    """counts (B,) objects a picture; image, number (M,): objects counted within their picture -> counted over the batch, (M,)."""
-    return counts.cumsum(0)[image] - counts[image] + number
+def number_in_batch(sizes, layer, image, query, number):
+    """sizes: objects of each picture; layer, image, query, object (M,) on the host -> the same, objects counted over the batch."""
+    sizes = torch.tensor(sizes)
+    return layer, image, query, (sizes.cumsum(0) - sizes)[image] + number
+
+
+def to_device(indices, device):
+    """Index tensors (M,) of the host -> of the device, in one copy."""
+    return torch.stack(indices).to(device, non_blocking=True).unbind()
 
 
 def repeat_matches(matches, layers):

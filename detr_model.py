@@ -20,7 +20,7 @@ from backbones import backbone_of, build_pyramid
 from detr_loss import HungarianMatcher, PostProcess, SetCriterion
 from dino_model import build_dino
 from ecdet_model import build_ecdet
-from layers import Attention, Mlp, grid_embedding, padding_bias, sine_embedding, unpadded_size
+from layers import Attention, Mlp, grid_embedding, is_padded, padding_bias, sine_embedding, unpadded_size
 from refinement import shift_boxes
 from ssd_model import build_ssd
 
@@ -134,11 +134,12 @@ class DETR(nn.Module):
         self.box_head = Mlp(hidden_dim, hidden_dim, 4, 3)
 
     def forward(self, images, mask, targets=None):
+        padded, mask = is_padded(mask), mask.to(images.device, non_blocking=True)
         features = self.input_proj(self.pyramid(self.backbone(images))[-1])
         padding = F.interpolate(mask[:, None].float(), features.shape[-2:])[:, 0].bool()
         memory_pos = grid_embedding(*mask_coordinates(padding), features.shape[1]).to(features.dtype)
         memory = features.flatten(2).transpose(1, 2)
-        bias = padding_bias(padding.flatten(1))
+        bias = padding_bias(padding.flatten(1)) if padded else None
         # With dropout the attention among a ViT's thousands of tokens has no fused kernel on CPUs: it is recomputed, not kept.
         recompute = self.training and self.encoder[0].dropout.p > 0 and memory.device.type == "cpu"
         for layer in self.encoder:
@@ -181,12 +182,13 @@ class PlainDETR(nn.Module):
             nn.init.zeros_(head.layers[-1].bias)
 
     def forward(self, images, mask, targets=None):
+        padded, mask = is_padded(mask), mask.to(images.device, non_blocking=True)
         features = self.neck(self.pyramid(self.backbone(images)))
         y, x, cell = cell_coordinates(mask, features.shape[-2:], self.neck.stride)
         padding = ((y > 1)[:, :, None] | (x > 1)[:, None, :]).flatten(1)
         memory = self.memory_norm(features.flatten(2).transpose(1, 2))
         memory_pos = grid_embedding(y[:, :, None].expand(-1, -1, x.shape[1]), x[:, None].expand(-1, y.shape[1], -1), memory.shape[-1])
-        memory_pos, bias = memory_pos.to(memory.dtype), padding_bias(padding)
+        memory_pos, bias = memory_pos.to(memory.dtype), padding_bias(padding) if padded else None
 
         dense = self.dense_predictions(memory, y, x, cell, padding)
         best = dense["pred_logits"].detach().amax(-1).topk(min(self.num_queries, memory.shape[1]), dim=1).indices[..., None]

@@ -13,7 +13,7 @@ from backbones import backbone_of, build_pyramid
 from deformable import ProjectedDeformableAttention
 from denoising import make_denoising, split_queries
 from detr_loss import HungarianMatcher, PostProcess, SetCriterion
-from layers import Attention, Mlp, sine_embedding, unpadded_size
+from layers import Attention, Mlp, sine_embedding, small_tensor, unpadded_size
 
 POINTS = 4  # on each level
 TEMPERATURE = 20  # of the cells' position embedding
@@ -92,10 +92,10 @@ class DINO(nn.Module):
     def forward(self, images, mask, targets=None):
         maps = [project(level) for project, level in zip(self.input_proj, self.pyramid(self.backbone(images)))]
         sizes = [tuple(level.shape[-2:]) for level in maps]
-        share, centres, sides, padding = cells(mask, sizes, self.pyramid.strides)
+        share, centres, sides, padding = cells(mask.to(images.device, non_blocking=True), sizes, self.pyramid.strides)
         memory = torch.cat([level.flatten(2).transpose(1, 2) for level in maps], dim=1)
-        levels = torch.tensor([h * w for h, w in sizes], device=mask.device)
-        pos = sine_embedding(centres[..., [1, 0]], memory.shape[-1] // 2, TEMPERATURE).flatten(2) + self.level_embed.repeat_interleave(levels, dim=0)
+        level_embed = torch.cat([row.expand(h * w, -1) for row, (h, w) in zip(self.level_embed, sizes)])
+        pos = sine_embedding(centres[..., [1, 0]], memory.shape[-1] // 2, TEMPERATURE).flatten(2) + level_embed
         pos = pos.to(memory.dtype)
         around = sizes, share, padding
         for layer in self.encoder:
@@ -154,7 +154,7 @@ def cells(mask, sizes, strides):
     """mask (B, H, W) True on padding, sizes [(h, w)] and strides of the levels, finest first -> share (B, L, 2) of each level's width
     and height that is no padding; centres (B, N, 2) x, y of all cells in units of the unpadded picture, and sides (N,) of their
     anchors; padding (B, N), where centres lie beyond it."""
-    extents = torch.tensor([[w * stride, h * stride] for (h, w), stride in zip(sizes, strides)], device=mask.device)
+    extents = small_tensor([[w * stride, h * stride] for (h, w), stride in zip(sizes, strides)], mask.device)
     share = unpadded_size(mask)[:, None] / extents
     centres, sides = [], []
     for level, (h, w) in enumerate(sizes):

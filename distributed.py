@@ -104,11 +104,11 @@ def shard(backbone, device):
     fully_shard(backbone, mesh=mesh)
 
 
-def replicate(model, device):
+def replicate(model):
     """The model whose backward pass averages the gradients over the processes; those of a sharded part are averaged already."""
     sharded = [name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sharded)
-    return DistributedDataParallel(model, [device] if device.type == "cuda" else None, find_unused_parameters=True)
+    return DistributedDataParallel(model, find_unused_parameters=True)  # no device_ids: masks stay on the host, see layers.is_padded
 
 
 def local(tensor):

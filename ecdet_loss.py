@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from detr_loss import number_in_batch, pairwise_giou, quality_loss, repeat_matches, stack_layers, to_xyxy
+from detr_loss import number_in_batch, pairwise_giou, quality_loss, repeat_matches, stack_layers, to_device, to_xyxy
 from distributed import share_of
 from refinement import REG_MAX, bin_distances, edge_distances
 
@@ -30,12 +30,10 @@ class RefinementCriterion(nn.Module):
         """
         labels, wanted = (torch.cat([t[key] for t in targets]) for key in ("labels", "boxes"))
         truth = labels, wanted.float()
-        counts = torch.tensor([len(t["labels"]) for t in targets], device=labels.device)
         layers, logits, boxes = stack_layers(outputs)
-        layer, image, query, number = self.matcher(logits, boxes, targets)
-        target = number_in_batch(counts, image, number)
-        union = union_of_matches(image, query, target, logits.shape[2])
-        losses = self.losses(outputs, layers, logits, boxes, (layer, image, query, target), union, truth, share_of(len(labels), labels.device))
+        matches = number_in_batch([len(t["labels"]) for t in targets], *self.matcher(logits, boxes, targets))
+        matches, union = (to_device(indices, labels.device) for indices in (matches, union_of_matches(*matches[1:], logits.shape[2])))
+        losses = self.losses(outputs, layers, logits, boxes, matches, union, truth, share_of(len(labels), labels.device))
         if "denoising" in outputs:
             outputs = outputs["denoising"]
             layers, logits, boxes = stack_layers(outputs)

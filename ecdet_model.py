@@ -17,7 +17,7 @@ from detr_loss import HungarianMatcher, PostProcess
 from ecdet_loss import RefinementCriterion
 from ecvit import ConvNorm
 from errors import UserError
-from layers import Mlp, unpadded_size
+from layers import Mlp, small_tensor, unpadded_size
 from refinement import REG_MAX, corners_to_boxes, shift_boxes
 
 HEADS, POINTS = 8, (3, 6, 3)  # sampling points on each level
@@ -358,7 +358,7 @@ class ECDet(nn.Module):
     def forward(self, images, mask, targets=None):
         features = self.pyramid(self.backbone(images))
         h, w = (n * self.pyramid.strides[0] for n in features[0].shape[-2:])
-        share = unpadded_size(mask) / torch.tensor([w, h], device=mask.device)
+        share = unpadded_size(mask.to(images.device, non_blocking=True)) / small_tensor([w, h], images.device)
         return self.decoder(self.encoder(features), share, targets)
 
 

@@ -39,7 +39,7 @@ def evaluate(model, postprocess, loader, split, device, stopped=lambda: False):
     for images, mask, targets in loader:
         if stopped():
             return None, None
-        outputs = model(images.to(device, memory_format=torch.channels_last), mask.to(device))
+        outputs = model(images.to(device, memory_format=torch.channels_last, non_blocking=True), mask)
         sizes = torch.stack([t["orig_size"] for t in targets]).to(device)
         for target, detections in zip(targets, postprocess(outputs, sizes)):
             found[target["image_id"]] = {key: value.cpu() for key, value in detections.items()}
@@ -57,9 +57,9 @@ def measure(split, found):
     with contextlib.redirect_stdout(io.StringIO()):
         truth = ground_truth(split)
         rows = [
-            {"image_id": index, "category_id": int(label), "bbox": [x1, y1, x2 - x1, y2 - y1], "score": float(score)}
+            {"image_id": index, "category_id": label, "bbox": [x1, y1, x2 - x1, y2 - y1], "score": score}
             for index, d in found.items()
-            for (x1, y1, x2, y2), label, score in zip(d["boxes"].tolist(), d["labels"], d["scores"])
+            for (x1, y1, x2, y2), label, score in zip(d["boxes"].tolist(), d["labels"].tolist(), d["scores"].tolist())
         ]
         if not rows or not truth.dataset["annotations"]:
             return dict.fromkeys(NAMES, -1.0 if rows else 0.0), {}

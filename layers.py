@@ -39,10 +39,18 @@ def unpadded_size(mask):
     return torch.stack([(~mask).any(1).sum(1), (~mask).any(2).sum(1)], dim=1)
 
 
+def small_tensor(values, device):
+    """torch.tensor(values) on the device. With device=... the host would wait until the device has done all that it was given so far."""
+    return torch.tensor(values).to(device, non_blocking=True)
+
+
+def is_padded(mask):
+    """Whether mask (B, H, W) holds any padding; an exported network takes none. Asked on the host, if it is there, it costs no waiting."""
+    return not torch.compiler.is_exporting() and bool(mask.any())
+
+
 def padding_bias(padding):
-    """padding (B, N) -> what to add to attention scores, (B, 1, 1, N), or None where nothing is padded, as in an exported network."""
-    if torch.compiler.is_exporting() or not padding.any():
-        return None
+    """padding (B, N) -> what to add to attention scores, (B, 1, 1, N)."""
     return torch.zeros(padding.shape, device=padding.device).masked_fill(padding, -torch.inf)[:, None, None]
 
 

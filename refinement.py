@@ -4,6 +4,7 @@
 import torch
 
 from detr_loss import to_xyxy
+from layers import small_tensor
 
 REG_MAX, REG_SCALE, UP = 32, 4.0, 0.5  # bins of an edge's distribution, its scale, its widest reach
 
@@ -24,7 +25,7 @@ def bin_distances(device=None):
     step = (UP * REG_SCALE + 1) ** (2 / (REG_MAX - 2))
     inner = [step**k - 1 for k in range(1, REG_MAX // 2)]
     positive = inner + [2 * UP * REG_SCALE]
-    return torch.tensor([-v for v in reversed(positive)] + [0.0] + positive, device=device)
+    return small_tensor([-v for v in reversed(positive)] + [0.0] + positive, device)
 
 
 def corners_to_boxes(initial, corners):

@@ -36,7 +36,7 @@ class SSDDetector(nn.Module):
         found = {key: value.float() for key, value in self.head(features).items()}
         features = [feature.float() for feature in features]
         anchors = self.boxes(ImageList(images, [tuple(images.shape[-2:])]), features)[0]
-        pixels = unpadded_size(mask)
+        pixels = unpadded_size(mask.to(images.device, non_blocking=True))
         boxes = self.box_coder.decode_single(found["bbox_regression"].flatten(0, 1), anchors.repeat(len(images), 1)).view_as(found["bbox_regression"])
         found["pred_logits"] = found["cls_logits"].roll(-1, dims=-1)
         found["pred_boxes"] = box_convert(boxes, "xyxy", "cxcywh") / pixels.repeat(1, 2)[:, None]

@@ -117,7 +117,7 @@ def main():
     else:
         lock = open_folder(folder, s, step)  # noqa: F841 - held until the process ends, however it ends
     board = open_board(folder) if s["tensorboard"] and not rank else None
-    trained = model if world == 1 else distributed.replicate(model, device)
+    trained = model if world == 1 else distributed.replicate(model)
 
     def save(name, **more):
         content = {"model": distributed.whole(detector.state_dict()), "config": s, "classes": train.classes, "category_ids": train.category_ids}
@@ -187,8 +187,7 @@ def main():
                     plots.draw_batch(images, mask, targets, train.classes).save(folder / "train_batch.png")
                 shown += [str(train.records[t["image_id"]].path) for t in targets]
                 images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
-                mask = mask.to(device, non_blocking=True)
-                targets = [{key: value.to(device) for key, value in t.items() if torch.is_tensor(value)} for t in targets]
+                targets = [{key: t[key].to(device, non_blocking=True) for key in ("labels", "boxes")} for t in targets]
                 with autocast(s, device):
                     outputs = trained(images, mask, targets)
                 losses = criterion(outputs, targets)

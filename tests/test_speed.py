@@ -83,6 +83,33 @@ def test_costs_grow_no_faster_than_what_they_are_for(detector):
     assert more[0] - classes[0] < 1.05 * (classes[0] - operations) * 1000 / 995 and more[2] - classes[2] < 1.05 * (classes[2] - kept) * 1000 / 995
 
 
+class Host:
+    """Stands for the host in a step on the meta device, which has shapes and no values: whoever asks it for one fails."""
+
+    def __init__(self):
+        self.copies = 0
+
+    def __call__(self, tensor):
+        self.copies += 1
+        return torch.rand(tensor.shape)
+
+
+@pytest.mark.parametrize("detector", MOST)
+def test_a_step_waits_for_the_device_where_objects_are_matched_and_nowhere_else(detector, monkeypatch):
+    """One copy to the host a matching: of the layers' costs, and with them of what the dense outputs need."""
+    host = Host()
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: host(tensor) if tensor.is_meta else tensor)
+    with torch.device("meta"):
+        model, criterion, _ = build_model(CONFIG | {"detector": detector})
+    mask = torch.zeros(2, 96, 96, dtype=torch.bool)
+    mask[1, 64:] = True
+    targets = [{"labels": torch.zeros(n, dtype=torch.long, device="meta"), "boxes": torch.zeros(n, 4, device="meta")} for n in (3, 1)]
+    outputs = model(torch.zeros(2, 3, 96, 96, device="meta"), mask, targets)
+    assert host.copies == 0
+    sum(criterion(outputs, targets).values()).backward()
+    assert host.copies == (2 if detector == "detr" else 1)
+
+
 def test_the_benchmark_compares_the_same_network():
     """With transformers' weights ours gives transformers' outputs; the others only have to give losses."""
     ours, theirs = (model.eval() for model in peers.detr())

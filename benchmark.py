@@ -5,12 +5,16 @@
     python benchmark.py --detector ecdet --size s --compile        inference with torch.compile, its warm-up not counted
     python benchmark.py --peers                                    beside what people would use instead, see peers.py; minutes
     python benchmark.py --peers detr matcher                       beside some of them
+    python benchmark.py --growth growth.png --detector detr        how a training step grows with queries, pixels, classes, boxes, pictures
 
 In --peers the two take turns in one process; memory is each one's alone, in a process of its own. The limit is the time that the step's
 matrix products would take at the rate of a large one.
 """
 
 import argparse
+import contextlib
+import io
+import json
 import resource
 import statistics
 import subprocess
@@ -22,31 +26,35 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from torch.utils.flop_counter import FlopCounterMode
 
+import plots
 from datasets import DetectionDataset
 from detr_loss import HungarianMatcher
 from detr_model import DETECTORS, build_model
 from ecdet_model import SIZES
 from ecvit import fold
 from errors import UserError, run
+from evaluate import coco_figures, ground_truth
 from layouts import Record, Split
-from peers import CLASSES, PAIRS
+from peers import CLASSES, PAIRS, Ours
 from settings import DEFAULTS, fast_bfloat16
 from timing import seconds_of
 from transforms import MEAN, STD, train_transforms
 
 
-def random_targets(pictures, boxes, device):
+def random_targets(pictures, boxes, device, classes=CLASSES):
     """Targets with boxes (T, 4) cxcywh well inside the picture, a tenth to four tenths of it wide and high."""
     make = lambda: torch.cat([0.25 + 0.5 * torch.rand(boxes, 2), 0.1 + 0.3 * torch.rand(boxes, 2)], dim=1)
-    return [{"labels": torch.randint(CLASSES, (boxes,), device=device), "boxes": make().to(device)} for _ in range(pictures)]
+    return [{"labels": torch.randint(classes, (boxes,), device=device), "boxes": make().to(device)} for _ in range(pictures)]
 
 
-def build(arguments, device):
+def build(arguments, device, classes=CLASSES, queries=300):
     backbone = arguments.backbone or (SIZES[arguments.size]["backbone"] if arguments.detector == "ecdet" else "ecvitt")
     config = DEFAULTS | dict(
-        detector=arguments.detector, size=arguments.size, backbone=backbone, backbone_weights=None, num_classes=CLASSES, num_queries=300,
+        detector=arguments.detector, size=arguments.size, backbone=backbone, backbone_weights=None, num_classes=classes, num_queries=queries,
         hidden_dim=256, num_heads=8, ffn_dim=1024, encoder_layers=6, copies=100, decoder_layers={"ecdet": None, "dino": 6}.get(arguments.detector, 3),
     )  # fmt: skip
     model, criterion, _ = build_model(config)
@@ -190,8 +198,59 @@ def compare_loading(device, repeats):
     show("loading: a picture, Meta's transforms", "torchvision's", *(found / len(drawn) for found in seconds))
 
 
+GROWTH = {"pixels": (256, 384, 512, 768, 1024), "batch": (1, 2, 4, 8, 16, 32), "queries": (100, 200, 300, 600, 900), "classes": (3, 30, 300, 1203), "boxes": (1, 10, 100, 300)}
+
+
+def measure_growth(arguments, device):
+    """-> {what grows: ([how many times as much as at first], [how many times as long a step takes])}, one thing at a time, printed as it is found."""
+    found = {}
+    for name, values in GROWTH.items():
+        seconds = []
+        for value in values:
+            sizes = {"pixels": 256, "batch": 2, "queries": 300, "classes": CLASSES, "boxes": 5} | {name: value}
+            model, criterion = build(arguments, device, sizes["classes"], sizes["queries"])
+            images, mask = picture_batch(sizes["batch"], sizes["pixels"], device)
+            targets = random_targets(sizes["batch"], sizes["boxes"], device, sizes["classes"])
+            step = training_step(Ours(model.train(), criterion), images, mask, targets)
+            seconds.append(min(seconds_of([step], 3, device, warm_up=1)[0]))
+        much = [(value / values[0]) ** (2 if name == "pixels" else 1) for value in values]
+        found[name] = much, [second / seconds[0] for second in seconds]
+        print(f"{name:8s} " + ", ".join(f"{value}: {1000 * second:.0f} ms" for value, second in zip(values, seconds)), flush=True)
+    return found
+
+
+def compare_evaluation(device, repeats, pictures=5000):
+    """COCO's figures of so many pictures with 7 objects of 80 classes and 300 detections: ours, and pycocotools as it says, through files."""
+    rng = np.random.default_rng(0)
+    records, found = [], {}
+    for i in range(pictures):
+        corner, size = rng.uniform(0, 400, (7, 2)), rng.uniform(10, 200, (7, 2))
+        records.append(Record(i, Path(f"{i}.jpg"), 640, 640, np.concatenate([corner, corner + size], axis=1), rng.integers(0, CLASSES, 7), size.prod(1), np.zeros(7, dtype=bool)))
+        near = rng.integers(0, 7, 300)
+        labels = np.where(rng.random(300) < 0.6, records[-1].labels[near], rng.integers(0, CLASSES, 300))
+        boxes = records[-1].boxes[near] + rng.normal(0, 15, (300, 4))
+        found[i] = {"scores": torch.from_numpy(rng.random(300)), "labels": torch.from_numpy(labels), "boxes": torch.from_numpy(boxes)}
+    split = Split("val", [str(i) for i in range(CLASSES)], list(range(CLASSES)), records)
+
+    def theirs():
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+            truth, detections = Path(folder, "truth.json"), Path(folder, "detections.json")
+            truth.write_text(json.dumps(ground_truth(split).dataset))
+            detections.write_text(json.dumps([
+                {"image_id": i, "category_id": label, "bbox": [x1, y1, x2 - x1, y2 - y1], "score": score}
+                for i, d in found.items() for score, label, (x1, y1, x2, y2) in zip(*(d[key].tolist() for key in ("scores", "labels", "boxes")))
+            ]))  # fmt: skip
+            coco = COCO(str(truth))
+            evaluation = COCOeval(coco, coco.loadRes(str(detections)), "bbox")
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+
+    show(f"evaluation: {pictures} pictures", "pycocotools'", *(found[0] for found in seconds_of([lambda: coco_figures(split, found), theirs], 1, warm_up=0)))
+
+
 def compare_all(names, device, repeats):
-    others = {"matcher": compare_matchers, "loading": compare_loading}
+    others = {"matcher": compare_matchers, "loading": compare_loading, "evaluation": compare_evaluation}
     unknown = [name for name in names if name not in {**PAIRS, **others}]
     if unknown:
         raise UserError(f"--peers {unknown[0]}: there are {', '.join([*PAIRS, *others])}")
@@ -216,7 +275,8 @@ def main():
     parser.add_argument("--batch-size", type=int, default=16, metavar="B", help="of the training step (default 16)")
     parser.add_argument("--repeats", type=int, default=10, metavar="N", help="calls that are timed (default 10)")
     parser.add_argument("--compile", action="store_true", help="inference with torch.compile")
-    parser.add_argument("--peers", nargs="*", metavar="NAME", help=f"beside {', '.join(PAIRS)}, matcher, loading (default: all of them)")
+    parser.add_argument("--peers", nargs="*", metavar="NAME", help=f"beside {', '.join(PAIRS)}, matcher, loading, evaluation (default: all of them)")
+    parser.add_argument("--growth", metavar="FILE", help="draws how a training step grows")
     parser.add_argument("--memory", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -226,6 +286,9 @@ def main():
 
     if arguments.memory:
         print(peak_memory(*arguments.memory, device))
+        return
+    if arguments.growth:
+        plots.draw_growth(measure_growth(arguments, device), arguments.growth)
         return
     if arguments.peers is not None:
         compare_all(arguments.peers, device, arguments.repeats)

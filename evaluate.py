@@ -6,6 +6,7 @@
 
 import argparse
 import contextlib
+import gc
 import io
 from functools import partial
 from pathlib import Path
@@ -54,7 +55,7 @@ def coco_figures(split, found):
 
 def measure(split, found):
     """-> coco_figures, and for each class that has objects {name: (AP50, precision at 101 recalls)}."""
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), no_collection():
         truth = ground_truth(split)
         rows = [
             {"image_id": index, "category_id": label, "bbox": [x1, y1, x2 - x1, y2 - y1], "score": score}
@@ -74,6 +75,18 @@ def measure(split, found):
         if (precision > -1).any():
             curves[name] = float(precision[0].mean()), precision[0].tolist()
     return figures, curves
+
+
+@contextlib.contextmanager
+def no_collection():
+    """Looking for garbage among millions of new dictionaries takes a seventh of the time, and there is none."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def draw_report(split, found, folder):

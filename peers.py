@@ -96,6 +96,19 @@ def ecdet():
     return ours("ecdet", size="s", backbone="ecvitt"), Transformers(theirs)
 
 
+def d_fine():
+    """ECDet-S, and D-FINE-S: as many parameters, but half the operations, in convolutions (HGNetV2-B0)."""
+    theirs = transformers.DFineForObjectDetection(transformers.DFineConfig(
+        backbone_config=transformers.HGNetV2Config(
+            stem_channels=[3, 16, 16], stage_in_channels=[16, 64, 256, 512], stage_mid_channels=[16, 32, 64, 128], stage_out_channels=[64, 256, 512, 1024],
+            stage_num_blocks=[1, 1, 2, 1], stage_numb_of_layers=[3, 3, 3, 3], hidden_sizes=[64, 256, 512, 1024], use_learnable_affine_block=True, out_indices=[2, 3, 4],
+        ),
+        encoder_in_channels=[256, 512, 1024], hidden_expansion=0.5, depth_mult=0.34, decoder_layers=3, decoder_n_points=[3, 6, 3],
+        freeze_backbone_batch_norms=False, num_labels=CLASSES,
+    ))  # fmt: skip
+    return ours("ecdet", size="s", backbone="ecvitt"), Transformers(theirs)
+
+
 def dino():
     """DINO and the two-stage Deformable DETR with box refinement, on DINOv3's ConvNeXt-T: 6 + 6 layers, 300 queries, four levels."""
     theirs = transformers.DeformableDetrForObjectDetection(transformers.DeformableDetrConfig(
@@ -122,6 +135,7 @@ def faster_rcnn():
 PAIRS = {
     "detr": (detr, "transformers' DETR", 224, 8, 448),
     "ecdet": (ecdet, "transformers' DEIMv2", 256, 8, 640),
+    "d-fine": (d_fine, "transformers' D-FINE-S", 256, 8, 640),
     "dino": (dino, "transformers' Deformable DETR", 256, 4, 448),
     "ssd": (ssd, "torchvision's SSD300", 256, 8, 320),
     "faster-rcnn": (faster_rcnn, "torchvision's Faster R-CNN", 256, 8, 256),

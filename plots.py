@@ -125,6 +125,22 @@ def draw_curves(log_path, out):
     plt.close(figure)
 
 
+def draw_growth(found, out):
+    """{name: ([times as much], [times as long])} -> a log-log picture, with what grows in proportion and as the square beside."""
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    most, longest = (max(max(values[i]) for values in found.values()) for i in (0, 1))
+    for power, style in ((1, "--"), (2, ":")):
+        axes.plot([1, most], [1, most**power], color="grey", linestyle=style, label="in proportion" if power == 1 else "as the square")
+    for name, (much, long) in found.items():
+        axes.plot(much, long, marker="o", label=name)
+    axes.set(xscale="log", yscale="log", xlabel="times as much", ylabel="times as long", ylim=(0.7, 1.5 * longest), title="how a training step grows")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(out, dpi=110)
+    plt.close(figure)
+
+
 def draw_precision_recall(curves, out):
     """curves: {name: (AP50, precision at 101 recalls from 0 to 1)} -> a picture, the classes with the lowest AP first in the legend."""
     plt = pyplot()

@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,7 @@ from layouts import Record, Split
 from peers import CLASSES, PAIRS, Ours
 from settings import DEFAULTS, fast_bfloat16
 from timing import seconds_of
-from transforms import MEAN, STD, train_transforms
+from transforms import MEAN, STD, detail_needed, train_transforms
 
 
 def random_targets(pictures, boxes, device, classes=CLASSES):
@@ -159,8 +160,8 @@ def compare_matchers(device, repeats):
     show("matcher: 6 x 8 x 300, 20 objects", "transformers'", *in_turns([lambda: ours(logits, boxes, targets), each], device, repeats))
 
 
-def compare_loading(device, repeats):
-    """Meta's transforms on pictures of 640x480, one core: ours, and the nearest to them that torchvision's own parts make."""
+def compare_loading(device, repeats, width=640, height=480, rounds=8):
+    """Meta's transforms on pictures, one core: ours, and the nearest to them that torchvision's own parts make."""
     from torchvision import tv_tensors
     from torchvision.transforms import v2
 
@@ -170,12 +171,12 @@ def compare_loading(device, repeats):
         records = []
         for i in range(12):
             path = Path(folder) / f"{i}.jpg"
-            pixels = Image.fromarray(rng.integers(0, 255, (60, 80, 3), dtype=np.uint8)).resize((640, 480), Image.BICUBIC)
+            pixels = Image.fromarray(rng.integers(0, 255, (60, 80, 3), dtype=np.uint8)).resize((width, height), Image.BICUBIC)
             pixels.save(path, quality=92)
-            corner = rng.uniform(0, 300, (7, 2))
-            boxes = np.concatenate([corner, corner + rng.uniform(20, 150, (7, 2))], axis=1)
-            records.append(Record(i, path, 640, 480, boxes, np.zeros(7, dtype=np.int64), np.full(7, 900.0), np.zeros(7, dtype=bool)))
-        ours = DetectionDataset(Split("train", ["a"], [1], records), train_transforms(800, "meta"))
+            corner = rng.uniform(0, 0.6 * height, (7, 2))
+            boxes = np.concatenate([corner, corner + height * rng.uniform(0.04, 0.3, (7, 2))], axis=1)
+            records.append(Record(i, path, width, height, boxes, np.zeros(7, dtype=np.int64), np.full(7, 900.0), np.zeros(7, dtype=bool)))
+        ours = DetectionDataset(Split("train", ["a"], [1], records), train_transforms(800, "meta"), detail=detail_needed(800, "meta"))
         sides = [range(480, 801, 32), (500, 550, 600)]
         resize = v2.RandomShortestSize(list(sides[0]), 1333)
         window = v2.Compose([v2.RandomShortestSize(list(sides[1])), v2.RandomCrop((492, 492)), resize])  # the mean of Meta's sides
@@ -189,13 +190,13 @@ def compare_loading(device, repeats):
                 torch.default_generator.manual_seed(seed)
                 record = records[i]
                 image = Image.open(record.path).convert("RGB")
-                boxes = tv_tensors.BoundingBoxes(torch.from_numpy(record.boxes).float(), format="XYXY", canvas_size=(480, 640))
+                boxes = tv_tensors.BoundingBoxes(torch.from_numpy(record.boxes).float(), format="XYXY", canvas_size=(height, width))
                 reference(image, {"boxes": boxes, "labels": torch.from_numpy(record.labels)})
 
-        drawn = [(i, seed, 0.5, False) for seed in range(8) for i in range(len(records))]
+        drawn = [(i, seed, 0.5, False) for seed in range(rounds) for i in range(len(records))]
         seconds = in_turns([lambda: [ours[index] for index in drawn], theirs], torch.device("cpu"), repeats)
     torch.set_num_threads(threads)
-    show("loading: a picture, Meta's transforms", "torchvision's", *(found / len(drawn) for found in seconds))
+    show(f"loading: {width}x{height}, Meta's", "torchvision's", *(found / len(drawn) for found in seconds))
 
 
 GROWTH = {"pixels": (256, 384, 512, 768, 1024), "batch": (1, 2, 4, 8, 16, 32), "queries": (100, 200, 300, 600, 900), "classes": (3, 30, 300, 1203), "boxes": (1, 10, 100, 300)}
@@ -250,7 +251,7 @@ def compare_evaluation(device, repeats, pictures=5000):
 
 
 def compare_all(names, device, repeats):
-    others = {"matcher": compare_matchers, "loading": compare_loading, "evaluation": compare_evaluation}
+    others = {"matcher": compare_matchers, "loading": compare_loading, "photos": partial(compare_loading, width=4000, height=3000, rounds=1), "evaluation": compare_evaluation}
     unknown = [name for name in names if name not in {**PAIRS, **others}]
     if unknown:
         raise UserError(f"--peers {unknown[0]}: there are {', '.join([*PAIRS, *others])}")
@@ -275,7 +276,7 @@ def main():
     parser.add_argument("--batch-size", type=int, default=16, metavar="B", help="of the training step (default 16)")
     parser.add_argument("--repeats", type=int, default=10, metavar="N", help="calls that are timed (default 10)")
     parser.add_argument("--compile", action="store_true", help="inference with torch.compile")
-    parser.add_argument("--peers", nargs="*", metavar="NAME", help=f"beside {', '.join(PAIRS)}, matcher, loading, evaluation (default: all of them)")
+    parser.add_argument("--peers", nargs="*", metavar="NAME", help=f"beside {', '.join(PAIRS)}, matcher, loading, photos, evaluation (default: all of them)")
     parser.add_argument("--growth", metavar="FILE", help="draws how a training step grows")
     parser.add_argument("--memory", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -24,9 +24,14 @@ from layouts import LAYOUTS, load_splits
 from transforms import mix_up, mosaic
 
 
-def read_image(path, upright=True):
-    """Any picture file -> RGB PIL image: turned as its EXIF says, transparency over white, 16 bits scaled to 8."""
+def read_image(path, upright=True, detail=None):
+    """Any picture file -> RGB PIL image: turned as its EXIF says, transparency over white, 16 bits scaled to 8.
+
+    detail: a JPEG is decoded at a half, a quarter or an eighth if its shortest side keeps so many pixels.
+    """
     with open_image(path) as image:
+        n = reduction(*image.size, detail)
+        image.draft(None, (image.width // n, image.height // n))
         if upright:
             ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith(("I", "F")):
@@ -40,18 +45,23 @@ def read_image(path, upright=True):
         return image if image.mode == "RGB" else image.convert("RGB")
 
 
+def reduction(width, height, detail):
+    """1, 2, 4 or 8: how many pixels, along each side, may become one. None is ever cut, so that boxes stay exact."""
+    return next(n for n in (8, 4, 2, 1) if n == 1 or detail and min(width, height) // n >= detail and width % n == height % n == 0)
+
+
 class DetectionDataset(torch.utils.data.Dataset):
-    """Records as (image, target) after `transforms`; decoded pictures are kept in memory up to `cache_bytes`.
+    """Records as (image, target) after `transforms`; decoded pictures are kept in memory if `cache_bytes` hold them all. detail: see read_image.
 
     Indexed by (index, seed, draw, mixed) as well as by index: the augmentation depends on nothing but these, see EndlessBatches,
     whichever process draws it and whenever; so a resumed run sees the same pictures. Where `mixed`, half of the pictures are
     mosaics, and in half of the batches pictures are mixed up.
     """
 
-    def __init__(self, split, transforms, cache_bytes=0):
-        self.split, self.transforms = split, transforms
-        pixels = sum(r.width * r.height * 3 for r in split.records)
-        self.cache = {} if pixels <= cache_bytes else None
+    def __init__(self, split, transforms, cache_bytes=0, detail=None):
+        self.split, self.transforms, self.detail = split, transforms, detail
+        needed = sum(decoded_bytes(record, detail) for record in split.records)
+        self.cache, self.room = {}, cache_bytes if needed <= cache_bytes else 0
 
     def __len__(self):
         return len(self.split.records)
@@ -79,27 +89,33 @@ class DetectionDataset(torch.utils.data.Dataset):
     def load(self, index):
         """-> the whole picture as uint8 tv_tensors.Image (3, H, W) and its target, boxes xyxy in pixels."""
         record = self.split.records[index]
-        image = None if self.cache is None else self.cache.get(index)
+        image = self.cache.get(index)
         if image is None:
             try:
-                image = TF.pil_to_tensor(read_image(record.path, record.upright))
+                image = TF.pil_to_tensor(read_image(record.path, record.upright, self.detail))
             except Exception as error:  # it could be read when the run began
                 raise UserError(f"{record.path}: can't be read any more ({error})") from None
-            if self.cache is not None:
+            if image.nbytes <= self.room:
+                self.room -= image.nbytes
                 self.cache[index] = image
         keep = ~record.ignored
-        boxes = tv_tensors.BoundingBoxes(
-            torch.from_numpy(record.boxes[keep]).float(), format="XYXY", canvas_size=(record.height, record.width)
-        )
+        h, w = image.shape[-2:]
+        smaller = w / record.width
         target = {
-            "boxes": boxes,
+            "boxes": tv_tensors.BoundingBoxes(torch.from_numpy(record.boxes[keep] * smaller).float(), format="XYXY", canvas_size=(h, w)),
             "labels": torch.from_numpy(record.labels[keep]),
-            "area": torch.from_numpy(record.areas[keep]).float(),
+            "area": torch.from_numpy(record.areas[keep] * smaller**2).float(),
             "iscrowd": torch.zeros(int(keep.sum()), dtype=torch.long),
             "image_id": index,
             "orig_size": torch.tensor([record.height, record.width]),
         }
         return tv_tensors.Image(image), target
+
+
+def decoded_bytes(record, detail):
+    """What a picture takes in memory, if its file is what its name says."""
+    n = reduction(record.width, record.height, detail) if record.path.suffix.lower() in (".jpg", ".jpeg") else 1
+    return 3 * record.width * record.height // n**2
 
 
 class EndlessBatches:

@@ -44,7 +44,7 @@ from evaluate import draw_report, evaluate
 from layouts import load_splits
 from muon import Muon
 from settings import DEFAULTS, parse_arguments, settle
-from transforms import eval_transforms, train_transforms
+from transforms import detail_needed, eval_transforms, train_transforms
 
 try:
     import fcntl
@@ -144,7 +144,7 @@ def main():
     workers = dict(num_workers=s["workers"], collate_fn=pad_and_stack, worker_init_fn=ignore_interrupts, pin_memory=device.type == "cuda")
     cache_bytes = 2**30 // max(1, s["workers"])  # each worker keeps its own
     augmentation = train_transforms(s["image_size"], s["augment"], s["color_jitter"], s["rotate"], s["square"])
-    train_set = DetectionDataset(train, augmentation, cache_bytes)
+    train_set = DetectionDataset(train, augmentation, cache_bytes, detail_needed(s["image_size"], s["augment"]))
     val_set = DetectionDataset(val, eval_transforms(s["image_size"], s["square"]), cache_bytes)
     batches = EndlessBatches(len(train_set), s["batch_size"], s["seed"], phase, step * s["accumulate"], (rank, world))
     gc.freeze()  # a later collection would touch, and so copy, what the workers share with this process

@@ -164,6 +164,11 @@ def train_transforms(size=SHORT_SIDE, kind="zoom", color_jitter=0.0, rotate=0.0,
     return PickOne(plain, varied(window), varied([]))
 
 
+def detail_needed(size, kind):
+    """How many pixels of a picture's shortest side train_transforms can show: all of it at `size`, a half or a quarter of it."""
+    return {"meta": 1, "zoom": 2, "strong": 4}[kind] * size
+
+
 def resize_to(side, longest, square):
     """The shortest side becomes `side`, the longest at most `longest`; or both become `side`."""
     return v2.Resize([side, side], antialias=True) if square else v2.RandomShortestSize([side], longest, antialias=True)

@@ -10,11 +10,11 @@ from conftest import write_coco
 from PIL import Image
 from torchvision import tv_tensors
 
-from datasets import DetectionDataset, EndlessBatches, collate, read_image
+from datasets import DetectionDataset, EndlessBatches, collate, read_image, reduction
 from demo_data import CLASSES, draw_picture, make_demo, overlap
 from errors import UserError
 from evaluate import coco_figures
-from layouts import load_splits
+from layouts import Record, Split, load_splits
 from train import augmentation_phase
 from transforms import MEAN, STD, eval_transforms, mix_up, mosaic, train_transforms
 
@@ -272,6 +272,33 @@ def test_the_run_decides_when_pictures_are_whole_and_when_they_are_mixed(tiny_da
     data = DetectionDataset(load_splits(tiny_data)[0], train_transforms(96))
     whole, varied = ([data[0, seed, draw, False][1]["size"] for seed, draw in enumerate(draws)] for draws in ([None] * 10, torch.arange(10) / 10))
     assert {tuple(size.tolist()) for size in whole} == {(96, 128)} and len({tuple(size.tolist()) for size in varied}) > 1
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("kind", ["JPEG", "MPO", "PNG", "grey"])
+def test_large_jpegs_are_decoded_small_with_their_boxes(kind, orientation, tmp_path):
+    """As many pixels as the transforms can show and not many more; boxes, areas and the original size as they have to be."""
+    image = Image.new("RGB", (1600, 1204), (90, 90, 90))
+    image.paste((250, 200, 30), (400, 200, 1200, 1000))
+    image = image.convert("L") if kind == "grey" else image
+    path, form = tmp_path / ("a.png" if kind == "PNG" else "a.jpg"), "JPEG" if kind == "grey" else kind
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image.save(path, form, exif=exif, **(dict(save_all=True, append_images=[image]) if kind == "MPO" else {}))
+    w, h, box = (1600, 1204, [400.0, 200.0, 1200.0, 1000.0]) if orientation == 1 else (1204, 1600, [204.0, 400.0, 1004.0, 1200.0])
+    record = Record(0, path, w, h, np.array([box]), np.zeros(1, dtype=np.int64), np.array([640000.0]), np.zeros(1, dtype=bool))
+    data = DetectionDataset(Split("train", ["a"], [1], [record]), None, cache_bytes=1 << 24, detail=300)
+    scale = 1 if kind == "PNG" else 4
+    for _ in range(2):  # the second time from memory
+        pixels, target = data.load(0)
+        assert pixels.shape == (3, h // scale, w // scale) and target["orig_size"].tolist() == [h, w]
+        assert torch.equal(target["boxes"].as_subclass(torch.Tensor), torch.tensor([box]) / scale) and float(target["area"]) == 640000 / scale**2
+        x1, y1, x2, y2 = target["boxes"][0].round().int().tolist()
+        red, outside = pixels[0, y1 + 4 : y2 - 4, x1 + 4 : x2 - 4], pixels[0, : y1 - 4]
+        assert float(outside.float().std()) < 2 and float(red.float().std()) < 2 and abs(float(red.float().mean()) - float(outside.float().mean())) > 5
+    assert data.room == (1 << 24) - pixels.nbytes and DetectionDataset(data.split, None, cache_bytes=pixels.nbytes - 1, detail=300).room == 0
+    assert read_image(path).size == (w, h)  # whole where nobody says otherwise
+    assert [reduction(*size, 300) for size in ((1600, 1200), (1599, 1200), (4000, 3000), (4002, 3002), (500, 9000))] == [4, 1, 8, 2, 1]
 
 
 def test_a_mosaic_sets_four_pictures_in_a_square(tiny_data):

@@ -101,15 +101,15 @@ def test_a_log_that_a_crash_cut_off_is_gone_on_with(tmp_path):
 def test_a_picture_that_vanishes_ends_a_run_that_can_be_gone_on_with(workers, tiny_data, tmp_path, monkeypatch, capsys):
     real, trouble = datasets.read_image, tmp_path / "trouble"
 
-    def reading(path, upright=True):
+    def reading(path, *more):
         if trouble.exists() and "train2017" in str(path):
             raise OSError("stale file handle")
-        return real(path, upright)
+        return real(path, *more)
 
     keep = train.save_checkpoint
     monkeypatch.setattr(datasets, "read_image", reading)
     monkeypatch.setattr(train, "save_checkpoint", lambda path, content: (keep(path, content), trouble.touch() if path.name == "last.pth" else None))
-    monkeypatch.setattr(train, "DetectionDataset", lambda split, transforms, cache_bytes: datasets.DetectionDataset(split, transforms))
+    monkeypatch.setattr(train, "DetectionDataset", lambda split, transforms, *_: datasets.DetectionDataset(split, transforms))
     status, _, error = called(train.main, ["--data", tiny_data, *SMALL, "--steps", 60, "--workers", workers, "--out", tmp_path / "run"], monkeypatch, capsys)
     assert status == 2 and error.count("\n") == 1, error
     assert "train2017" in error and "can't be read any more (stale file handle); what was learnt is saved, go on with --resume" in error

@@ -12,6 +12,7 @@ matrix products would take at the rate of a large one.
 """
 
 import argparse
+import collections
 import contextlib
 import io
 import json
@@ -29,10 +30,11 @@ import transformers
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 import plots
-from datasets import DetectionDataset
+from datasets import DetectionDataset, start_worker
 from detr_loss import HungarianMatcher
 from detr_model import DETECTORS, build_model
 from ecdet_model import SIZES
@@ -161,12 +163,11 @@ def compare_matchers(device, repeats):
 
 
 def compare_loading(device, repeats, width=640, height=480, rounds=8):
-    """Meta's transforms on pictures, one core: ours, and the nearest to them that torchvision's own parts make."""
+    """Meta's transforms on pictures, in one worker each: ours, and the nearest to them that torchvision's own parts make."""
     from torchvision import tv_tensors
     from torchvision.transforms import v2
 
-    rng, threads = np.random.default_rng(0), torch.get_num_threads()
-    torch.set_num_threads(1)
+    rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         records = []
         for i in range(12):
@@ -185,39 +186,29 @@ def compare_loading(device, repeats, width=640, height=480, rounds=8):
             v2.SanitizeBoundingBoxes(), v2.ConvertBoundingBoxFormat("CXCYWH"), v2.ToPureTensor(),
         ])  # fmt: skip
 
-        def theirs():
-            for i, seed, *_ in drawn:
-                torch.default_generator.manual_seed(seed)
-                record = records[i]
-                image = Image.open(record.path).convert("RGB")
-                boxes = tv_tensors.BoundingBoxes(torch.from_numpy(record.boxes).float(), format="XYXY", canvas_size=(height, width))
-                reference(image, {"boxes": boxes, "labels": torch.from_numpy(record.labels)})
+        def load_theirs(index):
+            torch.default_generator.manual_seed(index[1])
+            record = records[index[0]]
+            image = Image.open(record.path).convert("RGB")
+            boxes = tv_tensors.BoundingBoxes(torch.from_numpy(record.boxes).float(), format="XYXY", canvas_size=(height, width))
+            reference(image, {"boxes": boxes, "labels": torch.from_numpy(record.labels)})
 
         drawn = [(i, seed, 0.5, False) for seed in range(rounds) for i in range(len(records))]
-        seconds = in_turns([lambda: [ours[index] for index in drawn], theirs], torch.device("cpu"), repeats)
-    torch.set_num_threads(threads)
+        settings = dict(batch_size=None, sampler=drawn, num_workers=1, persistent_workers=True)
+        loaders = DataLoader(Loaded(ours.__getitem__), worker_init_fn=start_worker, **settings), DataLoader(Loaded(load_theirs), **settings)
+        seconds = in_turns([lambda loader=loader: collections.deque(loader, maxlen=0) for loader in loaders], torch.device("cpu"), repeats)
     show(f"loading: {width}x{height}, Meta's", "torchvision's", *(found / len(drawn) for found in seconds))
 
 
-GROWTH = {"pixels": (256, 384, 512, 768, 1024), "batch": (1, 2, 4, 8, 16, 32), "queries": (100, 200, 300, 600, 900), "classes": (3, 30, 300, 1203), "boxes": (1, 10, 100, 300)}
+class Loaded(torch.utils.data.Dataset):
+    """Makes what a data set gives, and gives nothing: what sending it between processes takes depends on how it is sent."""
 
+    def __init__(self, load):
+        self.load = load
 
-def measure_growth(arguments, device):
-    """-> {what grows: ([how many times as much as at first], [how many times as long a step takes])}, one thing at a time, printed as it is found."""
-    found = {}
-    for name, values in GROWTH.items():
-        seconds = []
-        for value in values:
-            sizes = {"pixels": 256, "batch": 2, "queries": 300, "classes": CLASSES, "boxes": 5} | {name: value}
-            model, criterion = build(arguments, device, sizes["classes"], sizes["queries"])
-            images, mask = picture_batch(sizes["batch"], sizes["pixels"], device)
-            targets = random_targets(sizes["batch"], sizes["boxes"], device, sizes["classes"])
-            step = training_step(Ours(model.train(), criterion), images, mask, targets)
-            seconds.append(min(seconds_of([step], 3, device, warm_up=1)[0]))
-        much = [(value / values[0]) ** (2 if name == "pixels" else 1) for value in values]
-        found[name] = much, [second / seconds[0] for second in seconds]
-        print(f"{name:8s} " + ", ".join(f"{value}: {1000 * second:.0f} ms" for value, second in zip(values, seconds)), flush=True)
-    return found
+    def __getitem__(self, index):
+        self.load(index)
+        return 0
 
 
 def compare_evaluation(device, repeats, pictures=5000):

@@ -36,7 +36,7 @@ import distributed
 import plots
 from backbones import parameter_depths
 from checkpoint import read_checkpoint, save_checkpoint, start_from, write_whole
-from datasets import DetectionDataset, EndlessBatches, collate
+from datasets import DetectionDataset, EndlessBatches, collate, start_worker
 from demo_data import make_demo
 from detr_model import build_model
 from errors import UserError, run
@@ -141,7 +141,7 @@ def main():
 
     # Loaders: training pictures come as one endless stream, cut into full batches
     pad_and_stack = partial(collate, divisor=model.backbone.size_divisor)
-    workers = dict(num_workers=s["workers"], collate_fn=pad_and_stack, worker_init_fn=ignore_interrupts, pin_memory=device.type == "cuda")
+    workers = dict(num_workers=s["workers"], collate_fn=pad_and_stack, worker_init_fn=start_worker, pin_memory=device.type == "cuda")
     cache_bytes = 2**30 // max(1, s["workers"])  # each worker keeps its own
     augmentation = train_transforms(s["image_size"], s["augment"], s["color_jitter"], s["rotate"], s["square"])
     train_set = DetectionDataset(train, augmentation, cache_bytes, detail_needed(s["image_size"], s["augment"]))
@@ -428,11 +428,6 @@ def while_readable(loader, save, folder):
             save()
         cause = str(error).strip().splitlines()[-1].removeprefix("errors.UserError: ")
         raise UserError(f"{cause}; what was learnt is saved, go on with --resume {folder}") from None
-
-
-def ignore_interrupts(_):
-    """Ctrl-C reaches the workers too; the main process alone decides what it means."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def draw_samples(dataset, found, classes, count=6, threshold=0.4):

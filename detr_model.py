@@ -94,7 +94,8 @@ class EncoderLayer(nn.Module):
 
     def forward(self, x, pos, bias=None):
         """x, pos (B, N, C), bias: see Attention -> (B, N, C)."""
-        x = self.norm1(x + self.dropout(self.self_attn(x + pos, x + pos, x, bias)))
+        placed = x + pos
+        x = self.norm1(x + self.dropout(self.self_attn(placed, placed, x, bias)))
         return self.norm2(x + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x))))))
 
 
@@ -109,11 +110,11 @@ class DecoderLayer(nn.Module):
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x, query_pos, memory, memory_pos, bias=None):
-        """x, query_pos (B, Q, C), memory, memory_pos (B, N, C), bias: see Attention -> (B, Q, C)."""
+    def forward(self, x, query_pos, placed, memory, bias=None):
+        """x, query_pos (B, Q, C), memory with its positions and without (B, N, C), bias: see Attention -> (B, Q, C)."""
         q = x + query_pos
         x = self.norm1(x + self.dropout(self.self_attn(q, q, x)))
-        x = self.norm2(x + self.dropout(self.cross_attn(x + query_pos, memory + memory_pos, memory, bias)))
+        x = self.norm2(x + self.dropout(self.cross_attn(x + query_pos, placed, memory, bias)))
         return self.norm3(x + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x))))))
 
 
@@ -146,9 +147,9 @@ class DETR(nn.Module):
             memory = checkpoint(layer, memory, memory_pos, bias, use_reentrant=False) if recompute else layer(memory, memory_pos, bias)
         query_pos = self.query_pos.expand(images.shape[0], -1, -1)
         queries = torch.zeros_like(query_pos)
-        outputs = []
+        placed, outputs = memory + memory_pos, []
         for layer in self.decoder:
-            queries = layer(queries, query_pos, memory, memory_pos, bias)
+            queries = layer(queries, query_pos, placed, memory, bias)
             x = self.norm(queries)
             outputs.append({"pred_logits": self.class_head(x).float(), "pred_boxes": self.box_head(x).float().sigmoid()})
         return {**outputs[-1], "aux_outputs": outputs[:-1]}
@@ -194,11 +195,11 @@ class PlainDETR(nn.Module):
         best = dense["pred_logits"].detach().amax(-1).topk(min(self.num_queries, memory.shape[1]), dim=1).indices[..., None]
         queries = memory.gather(1, best.expand(-1, -1, memory.shape[-1]))
         boxes = dense["pred_boxes"].gather(1, best.expand(-1, -1, 4))
-        outputs = []
+        placed, outputs = memory + memory_pos, []
         for layer, class_head, box_head in zip(self.layers, self.class_heads, self.box_heads):
             boxes = boxes.detach()  # each layer answers for its own refinement only
             query_pos = self.query_pos(sine_embedding(boxes[..., [1, 0, 3, 2]], memory.shape[-1] // 2).flatten(2))
-            queries = layer(queries, query_pos, memory, memory_pos, bias)
+            queries = layer(queries, query_pos, placed, memory, bias)
             boxes = shift_boxes(boxes, box_head(queries).float())
             outputs.append({"pred_logits": class_head(queries).float(), "pred_boxes": boxes})
         return {**outputs[-1], "aux_outputs": outputs[:-1], "dense": dense}

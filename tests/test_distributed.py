@@ -113,7 +113,7 @@ one = Net()
 two = copy.deepcopy(one)
 start = copy.deepcopy(one)
 distributed.shard(two.backbone, device)
-trained = distributed.replicate(two, device)
+trained = distributed.replicate(two)
 ours, theirs = adam(one), adam(two)
 batches = torch.randn(4, 6, 5)
 for i, batch in enumerate(batches):
@@ -121,7 +121,7 @@ for i, batch in enumerate(batches):
         weights, state = distributed.whole(two.state_dict()), distributed.whole(theirs.state_dict())
         two = copy.deepcopy(start)
         distributed.shard(two.backbone, device)
-        trained, theirs = distributed.replicate(two, device), adam(two)
+        trained, theirs = distributed.replicate(two), adam(two)
         distributed.load(two, [theirs], {"model": weights, "optimizers": [state]})
     norms = step(one, one, ours, batch), step(two, trained, theirs, batch[rank::2])
     assert abs(norms[0] - norms[1]) < 1e-6 * norms[0] + 1e-7, norms

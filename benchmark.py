@@ -211,6 +211,27 @@ class Loaded(torch.utils.data.Dataset):
         return 0
 
 
+GROWTH = {"pixels": (256, 384, 512, 768, 1024), "batch": (1, 2, 4, 8, 16, 32), "queries": (100, 200, 300, 600, 900), "classes": (3, 30, 300, 1203), "boxes": (1, 10, 100, 300)}
+
+
+def measure_growth(arguments, device):
+    """-> {what grows: ([how many times as much as at first], [how many times as long a step takes])}, one thing at a time, printed as it is found."""
+    found = {}
+    for name, values in GROWTH.items():
+        seconds = []
+        for value in values:
+            sizes = {"pixels": 256, "batch": 2, "queries": 300, "classes": CLASSES, "boxes": 5} | {name: value}
+            model, criterion = build(arguments, device, sizes["classes"], sizes["queries"])
+            images, mask = picture_batch(sizes["batch"], sizes["pixels"], device)
+            targets = random_targets(sizes["batch"], sizes["boxes"], device, sizes["classes"])
+            step = training_step(Ours(model.train(), criterion), images, mask, targets)
+            seconds.append(min(seconds_of([step], 3, device, warm_up=1)[0]))
+        much = [(value / values[0]) ** (2 if name == "pixels" else 1) for value in values]
+        found[name] = much, [second / seconds[0] for second in seconds]
+        print(f"{name:8s} " + ", ".join(f"{value}: {1000 * second:.0f} ms" for value, second in zip(values, seconds)), flush=True)
+    return found
+
+
 def compare_evaluation(device, repeats, pictures=5000):
     """COCO's figures of so many pictures with 7 objects of 80 classes and 300 detections: ours, and pycocotools as it says, through files."""
     rng = np.random.default_rng(0)

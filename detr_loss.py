@@ -84,8 +84,8 @@ def assign_dense(cost, sizes, k):
     cost, pixel = cost.nan_to_num(1e6, 1e6, -1e6).topk(min(k, pixels), dim=1, largest=False)
     cost, pixel = torch.stack([cost, pixel.to(cost)]).cpu()  # (B, k, T) each, in one copy
     exists = torch.arange(cost.shape[2]) < torch.tensor(sizes)[:, None, None]
-    image, _, target = exists.expand_as(cost).nonzero(as_tuple=True)
-    cost, pixel = cost[exists.expand_as(cost)], pixel[exists.expand_as(cost)].long()
+    image, rank, target = exists.expand_as(cost).nonzero(as_tuple=True)
+    cost, pixel = cost[image, rank, target], pixel[image, rank, target].long()
     place = image * pixels + pixel
     order = cost.argsort(stable=True)
     order = order[place[order].argsort(stable=True)]  # by place; within one, the cheapest first

@@ -87,7 +87,7 @@ class RotaryEmbedding(nn.Module):
 def rotate(x, sin, cos):
     """x (..., N, d) turned by the angles of sin, cos (N, d)."""
     sin, cos = sin.to(x.dtype), cos.to(x.dtype)
-    return Rotation.apply(x, sin, cos) if torch.is_grad_enabled() and not torch.compiler.is_exporting() else turn(x, sin, cos)
+    return turn(x, sin, cos) if torch.compiler.is_exporting() else Rotation.apply(x, sin, cos)
 
 
 def turn(x, sin, cos):

@@ -127,3 +127,17 @@ def test_the_benchmark_prints_both(name, monkeypatch, capsys):
     assert out.splitlines()[-1].count(" ms ") == 2
     status, _, err = called(benchmark.main, ["--peers", "yolo"], monkeypatch, capsys)
     assert status == 2 and "--peers yolo: there are detr, ecdet" in err
+
+
+def test_both_evaluations_find_the_same_and_growth_is_drawn(monkeypatch, capsys, tmp_path):
+    figures, summaries = [], []
+    measured, summarize = benchmark.coco_figures, benchmark.COCOeval.summarize
+    monkeypatch.setattr(benchmark, "coco_figures", lambda *given: figures.append(measured(*given)))
+    monkeypatch.setattr(benchmark.COCOeval, "summarize", lambda self: (summarize(self), summaries.append(self.stats.tolist())))
+    benchmark.compare_evaluation(torch.device("cpu"), 1, pictures=6)
+    ours, theirs = summaries  # each made its own
+    assert ours == theirs and 0 < figures[0]["AP"] == ours[0] < 1
+    monkeypatch.setattr(benchmark, "GROWTH", {"pixels": (64, 128), "classes": (3, 300)})
+    status, out, err = called(benchmark.main, ["--growth", tmp_path / "growth.png", "--detector", "ecdet", "--size", "nano"], monkeypatch, capsys)
+    assert status == 0, err
+    assert [line.split()[0] for line in out.splitlines()[-2:]] == ["pixels", "classes"] and (tmp_path / "growth.png").stat().st_size > 10_000

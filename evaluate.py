@@ -11,7 +11,6 @@ import io
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval

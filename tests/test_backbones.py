@@ -1,5 +1,3 @@
-import json
-import zipfile
 
 import numpy as np
 import pytest
@@ -7,7 +5,6 @@ import torch
 import transformers
 from conftest import ROOT, reference_state
 
-import backbones
 import check_dims
 from backbones import BACKBONES, build_backbone, parameter_depths
 from errors import UserError

@@ -20,8 +20,6 @@ from test_commands import SMALL, called, command
 from torture import disturbed
 
 import datasets
-import evaluate
-import infer
 import layouts
 import train
 from checkpoint import read_checkpoint, save_checkpoint, write_whole

@@ -40,7 +40,7 @@ from detr_model import DETECTORS, build_model
 from ecdet_model import SIZES
 from ecvit import fold
 from errors import UserError, run
-from evaluate import coco_figures, ground_truth
+from evaluate import annotations_of, coco_of, measure
 from layouts import Record, Split
 from peers import CLASSES, PAIRS, Ours
 from settings import DEFAULTS, fast_bfloat16
@@ -248,7 +248,7 @@ def compare_evaluation(device, repeats, pictures=5000):
     def theirs():
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
             truth, detections = Path(folder, "truth.json"), Path(folder, "detections.json")
-            truth.write_text(json.dumps(ground_truth(split).dataset))
+            truth.write_text(json.dumps(coco_of(range(pictures), dict(enumerate(split.classes)), annotations_of(split)).dataset))
             detections.write_text(json.dumps([
                 {"image_id": i, "category_id": label, "bbox": [x1, y1, x2 - x1, y2 - y1], "score": score}
                 for i, d in found.items() for score, label, (x1, y1, x2, y2) in zip(*(d[key].tolist() for key in ("scores", "labels", "boxes")))
@@ -259,7 +259,7 @@ def compare_evaluation(device, repeats, pictures=5000):
             evaluation.accumulate()
             evaluation.summarize()
 
-    show(f"evaluation: {pictures} pictures", "pycocotools'", *(found[0] for found in seconds_of([lambda: coco_figures(split, found), theirs], 1, warm_up=0)))
+    show(f"evaluation: {pictures} pictures", "pycocotools'", *(found[0] for found in seconds_of([lambda: measure(split, found), theirs], 1, warm_up=0)))
 
 
 def compare_all(names, device, repeats):

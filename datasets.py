@@ -115,14 +115,19 @@ class DetectionDataset(torch.utils.data.Dataset):
         return tv_tensors.Image(image), target
 
 
-def start_worker(_):
-    """For DataLoader's worker_init_fn. Ctrl-C reaches the workers too; the main process alone decides what it means. What a picture took
-    in memory is kept for the next: glibc would give it back, and getting it again, zeroed page by page, took a quarter of the time."""
+def start_worker(_=None):
+    """For processes that work for this one, such as DataLoader's. Ctrl-C reaches them too; the main process alone decides what it means.
+    They end when it is killed. What a picture took in memory is kept for the next: glibc would give it back, and getting it again, zeroed
+    page by page, took a quarter of the time."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if libc:
+        set_parent_death_signal = 1
+        libc.prctl(set_parent_death_signal, signal.SIGKILL)
+    if hasattr(libc, "mallopt"):
         trim_threshold, mmap_max = -1, -4
-        ctypes.CDLL(None).mallopt(trim_threshold, 2**31 - 1)
-        ctypes.CDLL(None).mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(mmap_max, 0)
 
 
 def decoded_bytes(record, detail):

@@ -40,6 +40,10 @@ def several():
     return dist.is_available() and dist.is_initialized()
 
 
+def is_first():
+    return not several() or dist.get_rank() == 0
+
+
 def share(count):
     """Which of so many things this process sees to. All get equally many, for they have to meet at every batch: some things come twice."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if several() else (0, 1)

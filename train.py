@@ -239,12 +239,12 @@ def main():
                 started = time.time()
                 stop_early = lambda: not over and distributed.most_of([float(bool(stop))], device)[0]
                 with autocast(s, device):
-                    figures, found = evaluate(detector, postprocess, val_loader, val, device, stop_early)
+                    figures, curves, found = evaluate(detector, postprocess, val_loader, val, device, stop_early)
                 stopped = stopped or figures is None
             if figures is not None:
                 row |= {name: round(value, 4) for name, value in figures.items()}
                 if figures["AP"] >= best:
-                    best, best_epoch, best_found = figures["AP"], epoch, found
+                    best, best_epoch, best_found = figures["AP"], epoch, (found, curves)
                     save("best.pth", figures=figures)
                     if not rank:
                         draw_samples(val_set, found, val.classes).save(folder / "val_samples.png")
@@ -273,7 +273,7 @@ def main():
         print(f"stopped after step {step}; go on with: python train.py --resume {folder}")
         sys.exit(130)
     if best_found is not None and not rank:
-        draw_report(val, best_found, folder)
+        draw_report(val, *best_found, folder)
     print(f"best AP {best:.3f} after {spent / 60:.1f} minutes of training; curves and pictures are in {folder}. To detect:")
     print(f"  python infer.py PICTURE --checkpoint {folder / 'best.pth'}")
 

@@ -13,7 +13,7 @@ from torchvision import tv_tensors
 from datasets import DetectionDataset, EndlessBatches, collate, read_image, reduction
 from demo_data import CLASSES, draw_picture, make_demo, overlap
 from errors import UserError
-from evaluate import coco_figures
+from evaluate import measure
 from layouts import Record, Split, load_splits
 from train import augmentation_phase
 from transforms import MEAN, STD, eval_transforms, mix_up, mosaic, train_transforms
@@ -62,7 +62,7 @@ def test_voc_counts_pixels_from_one_and_difficult_objects_are_ignored(tmp_path):
     _, target = DetectionDataset(val, eval_transforms(40))[0]
     assert target["labels"].tolist() == [1]
     miss = {i: {"boxes": torch.tensor([[0.0, 0, 20, 30]]), "labels": torch.tensor([1]), "scores": torch.tensor([0.9])} for i in range(2)}
-    assert coco_figures(val, miss)["AP"] == pytest.approx(1)  # the difficult cats are not missed
+    assert measure(val, miss)[0]["AP"] == pytest.approx(1)  # the difficult cats are not missed
 
 
 def test_voc_prefers_trainval_and_test_and_takes_other_names(tmp_path):
@@ -99,7 +99,7 @@ def test_crowds_train_nothing_and_are_not_misses(tmp_path):
     assert target["labels"].tolist() == [1] and train.most_objects == 2
     rest = val.records[0].boxes[1:]
     found = {0: {"boxes": torch.tensor(rest), "labels": torch.tensor([1]), "scores": torch.tensor([1.0])}}
-    assert coco_figures(val, found)["AP"] == pytest.approx(1)
+    assert measure(val, found)[0]["AP"] == pytest.approx(1)
 
 
 def test_a_picture_without_boxes_is_kept(tmp_path):

@@ -1,4 +1,6 @@
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -6,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pycocotools.cocoeval import COCOeval
 from test_commands import SMALL, called
 
 import evaluate
@@ -57,7 +60,46 @@ def test_curves_are_coco_evaluations(tiny_data):
     half = {i: {key: value[:1] for key, value in d.items()} for i, d in perfect.items()}  # the first class alone
     figures, curves = evaluate.measure(val, half)
     assert curves["kind 7"][0] == pytest.approx(1) and curves["kind 300"][0] == 0
-    assert figures == evaluate.coco_figures(val, half)
+
+
+HERE, alone = os.getpid(), evaluate.class_curves
+
+
+def elsewhere(task):
+    assert os.getpid() != HERE
+    return alone(task)
+
+
+def killed(task):
+    if os.getpid() != HERE:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return alone(task)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="one process elsewhere")
+def test_figures_are_pycocotools_in_any_number_of_processes(monkeypatch):
+    rng, records, found = np.random.default_rng(0), [], {}
+    for i in range(12):  # nothing is of class 3, nothing is taken for class 2, some are crowds, pictures 10 and 11 are empty
+        objects = [(*corner, *(corner + side), rng.integers(3), side.prod(), rng.random() < 0.1) for corner, side in zip(rng.uniform(0, 300, (6, 2)), rng.uniform(5, 150, (6, 2)))]
+        records.append(make_record(i, Path(f"{i}.png"), (640, 480), objects if i < 10 else []))
+        boxes = np.array([o[:4] for o in objects]).repeat(40, 0) + rng.normal(0, 8, (240, 4))
+        found[i] = {"boxes": torch.from_numpy(boxes).float(), "labels": torch.from_numpy(rng.choice([0, 1, 3], 240)), "scores": torch.from_numpy(rng.random(240).round(1)).float()}
+    split = Split("val", ["a", "b", "c", "d"], [1, 2, 3, 4], records)
+    truth = evaluate.coco_of(range(12), dict(enumerate(split.classes)), evaluate.annotations_of(split))
+    theirs = COCOeval(truth, truth.loadRes(evaluate.result_rows(found)), "bbox")
+    theirs.evaluate()
+    theirs.accumulate()
+    theirs.summarize()
+    figures, curves = evaluate.measure(split, found)
+    assert list(figures.values())[:12] == theirs.stats.tolist() and 0 < figures["AP"] < 1 and set(curves) == {"a", "b", "c"}
+    assert figures["class/a"] == theirs.eval["precision"][:, :, 0, 0, 2].mean() and figures["class/c"] == 0 and figures["class/d"] == -1
+
+    monkeypatch.setattr(evaluate, "MANY", 0)
+    monkeypatch.setattr(evaluate.os, "sched_getaffinity", lambda pid: {0, 1, 2}, raising=False)
+    monkeypatch.setattr(evaluate, "class_curves", elsewhere)
+    assert evaluate.measure(split, found) == (figures, curves)
+    monkeypatch.setattr(evaluate, "class_curves", killed)
+    assert evaluate.measure(split, found) == (figures, curves)  # done again here
 
 
 def test_cases_are_cut_out_where_they_are(tmp_path):
@@ -85,8 +127,8 @@ def test_patience_ends_a_run_that_gets_no_better(tiny_data, tmp_path, monkeypatc
     real = train.evaluate
 
     def falling(*args):
-        figures, found = real(*args)
-        return figures | {"AP": next(aps)}, found
+        figures, *more = real(*args)
+        return figures | {"AP": next(aps)}, *more
 
     monkeypatch.setattr(train, "evaluate", falling)
     status, out, err = called(train.main, ["--data", tiny_data, *SMALL, "--epochs", 6, "--eval-every", 1, "--patience", 2, "--out", tmp_path / "run"], monkeypatch, capsys)

@@ -131,8 +131,8 @@ def test_the_benchmark_prints_both(name, monkeypatch, capsys):
 
 def test_both_evaluations_find_the_same_and_growth_is_drawn(monkeypatch, capsys, tmp_path):
     figures, summaries = [], []
-    measured, summarize = benchmark.coco_figures, benchmark.COCOeval.summarize
-    monkeypatch.setattr(benchmark, "coco_figures", lambda *given: figures.append(measured(*given)))
+    measured, summarize = benchmark.measure, benchmark.COCOeval.summarize
+    monkeypatch.setattr(benchmark, "measure", lambda *given: figures.append(measured(*given)[0]))
     monkeypatch.setattr(benchmark.COCOeval, "summarize", lambda self: (summarize(self), summaries.append(self.stats.tolist())))
     benchmark.compare_evaluation(torch.device("cpu"), 1, pictures=6)
     ours, theirs = summaries  # each made its own

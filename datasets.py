@@ -140,12 +140,14 @@ class EndlessBatches:
     """Batches of (index, seed, draw, mixed) without end, for DataLoader's batch_sampler: permutation after permutation of the
     data set, each picture once in each, cut into full batches. `first` batches are left out, to go on where a run was stopped.
 
+    proportions: each picture's width / height, by which pictures are put together, see by_proportions; None leaves it to chance.
     phase: (pictures shown so far) -> "plain", "varied" or "mixed", see transforms. `draw` is a number in [0, 1) that a whole
     batch shares, None where it is plain. share: (rank, number of processes), each of which takes its part of every batch.
     """
 
-    def __init__(self, length, batch_size, seed, phase, first=0, share=(0, 1)):
+    def __init__(self, length, batch_size, seed, phase, first=0, share=(0, 1), proportions=None):
         self.length, self.batch_size, self.seed, self.phase, self.first, self.share = length, batch_size, seed, phase, first, share
+        self.proportions = torch.ones(length) if proportions is None else proportions
 
     def __iter__(self):
         start = self.first * self.batch_size
@@ -153,7 +155,9 @@ class EndlessBatches:
         for position in itertools.count(start):
             round_, place = divmod(position, self.length)
             if place == 0 or position == start:
-                order = torch.randperm(self.length, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + round_)).tolist()
+                order = torch.randperm(self.length, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + round_))
+                begun = -round_ * self.length % self.batch_size  # so many belong to a batch of the last permutation
+                order = torch.cat([order[:begun], by_proportions(order[begun:], self.proportions, self.batch_size)]).tolist()
             seed = (self.seed * 1_000_003 + position) % 2**31
             if not batch:
                 phase = self.phase(position)
@@ -162,6 +166,23 @@ class EndlessBatches:
             if len(batch) == self.batch_size:
                 yield batch[self.share[0] :: self.share[1]]
                 batch = []
+
+
+def proportions_of(split):
+    """Width / height of each picture (N,)."""
+    return torch.tensor([record.width / record.height for record in split.records])
+
+
+def by_proportions(order, proportions, batch_size, batches=16):
+    """Puts pictures of like proportions into the same batch, so that little of it is padding. Of each `batches` full batches the pictures
+    are shared out anew, narrow ones first; then those batches come in the order of their first pictures in `order`, as random as that is.
+    What is left at the end stays as it is."""
+    places = torch.arange(len(order))
+    found = []
+    for chunk in places[: len(order) // batch_size * batch_size].split(batches * batch_size):
+        grouped = chunk[proportions[order[chunk]].argsort(stable=True)].view(-1, batch_size)
+        found.append(grouped[grouped.amin(1).argsort()].flatten())
+    return order[torch.cat([*found, places[len(order) // batch_size * batch_size :]])]
 
 
 def collate(batch, divisor=32):

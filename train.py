@@ -36,7 +36,7 @@ import distributed
 import plots
 from backbones import parameter_depths
 from checkpoint import read_checkpoint, save_checkpoint, start_from, write_whole
-from datasets import DetectionDataset, EndlessBatches, collate, start_worker
+from datasets import DetectionDataset, EndlessBatches, collate, proportions_of, start_worker
 from demo_data import make_demo
 from detr_model import build_model
 from errors import UserError, run
@@ -146,12 +146,14 @@ def main():
     augmentation = train_transforms(s["image_size"], s["augment"], s["color_jitter"], s["rotate"], s["square"])
     train_set = DetectionDataset(train, augmentation, cache_bytes, detail_needed(s["image_size"], s["augment"]))
     val_set = DetectionDataset(val, eval_transforms(s["image_size"], s["square"]), cache_bytes)
-    batches = EndlessBatches(len(train_set), s["batch_size"], s["seed"], phase, step * s["accumulate"], (rank, world))
+    proportions = None if s["square"] else proportions_of(train)
+    batches = EndlessBatches(len(train_set), s["batch_size"], s["seed"], phase, step * s["accumulate"], (rank, world), proportions)
     gc.freeze()  # a later collection would touch, and so copy, what the workers share with this process
     atexit.register(gc.unfreeze)  # or some libraries take the end for a leak
     # A loader draws a number when it starts; with a generator of its own it leaves the training's alone.
     stream = while_readable(DataLoader(train_set, batch_sampler=batches, generator=torch.Generator(), **workers), None if shard else save_last, folder)
-    val_loader = DataLoader(val_set, batch_size=max(1, s["batch_size"] // world), sampler=distributed.share(len(val_set)), generator=torch.Generator(), **workers)
+    val_order = proportions_of(val).argsort()[distributed.share(len(val_set))].tolist()  # like beside like: less padding
+    val_loader = DataLoader(val_set, batch_size=max(1, s["batch_size"] // world), sampler=val_order, generator=torch.Generator(), **workers)
 
     # Training
     stop = []  # filled by Ctrl-C: the step under way is finished first

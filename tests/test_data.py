@@ -10,7 +10,7 @@ from conftest import write_coco
 from PIL import Image
 from torchvision import tv_tensors
 
-from datasets import DetectionDataset, EndlessBatches, collate, read_image, reduction
+from datasets import DetectionDataset, EndlessBatches, by_proportions, collate, read_image, reduction
 from demo_data import CLASSES, draw_picture, make_demo, overlap
 from errors import UserError
 from evaluate import measure
@@ -260,6 +260,26 @@ def test_the_endless_stream_shows_every_picture_once_a_round_and_goes_on_anywher
     assert take(8, first=7) == batches[7:]
     assert len({item[1] for batch in batches for item in batch}) == 60  # no augmentation twice
     assert all(len({item[2] for item in batch}) == 1 for batch in batches)
+
+
+def test_batches_hold_pictures_of_like_proportions():
+    proportions = torch.tensor([0.5, 1.0, 1.5, 2.0])[torch.randint(4, (150,), generator=torch.Generator().manual_seed(0))]
+    make = lambda proportions, **options: iter(EndlessBatches(150, 8, seed=3, phase=lambda shown: "plain", proportions=proportions, **options))
+    stream, flat = make(proportions), []
+    batches = [[item[0] for item in next(stream)] for _ in range(150)]  # eight rounds
+    for batch in batches:
+        flat += batch
+    assert all(sorted(flat[i : i + 150]) == list(range(150)) for i in range(0, 1200, 150))
+    mixed = lambda batches: sum(len(proportions[batch].unique()) > 1 for batch in batches) / len(batches)
+    chance = make(None)
+    assert mixed(batches) < 0.4 and mixed([[item[0] for item in next(chance)] for _ in range(150)]) > 0.9
+    assert [[item[0] for item in batch] for batch, _ in zip(make(proportions, first=31), range(40))] == batches[31:71]
+    first = proportions[[batch[0] for batch in batches]]  # narrow batches come no earlier than wide ones
+    assert abs(np.corrcoef(first, np.arange(150) % 18.75)[0, 1]) < 0.2
+    company = [frozenset(batch) for batch in batches]
+    assert len(set(company)) == len(company)  # never the same eight again
+    same = torch.randperm(150)
+    assert by_proportions(same, torch.ones(150), 8).equal(same)
 
 
 def test_the_run_decides_when_pictures_are_whole_and_when_they_are_mixed(tiny_data):

@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 import plots
-from datasets import DetectionDataset, start_worker
+from datasets import DetectionDataset, by_proportions, collate, start_worker
 from detr_loss import HungarianMatcher
 from detr_model import DETECTORS, build_model
 from ecdet_model import SIZES
@@ -69,9 +69,9 @@ def picture_batch(count, side, device):
     return images, torch.zeros(count, side, side, dtype=torch.bool, device=device)
 
 
-def in_turns(functions, device, repeats):
+def in_turns(functions, device, repeats, warm_up=2):
     """-> the median seconds of each."""
-    return [statistics.median(found) for found in seconds_of(functions, repeats, device)]
+    return [statistics.median(found) for found in seconds_of(functions, repeats, device, warm_up)]
 
 
 def product_rate(device, n=4096):
@@ -120,6 +120,34 @@ def compare(name, device, repeats, rate):
         show(f"{name}: detect, {count} of {detect_side}", whose, *seconds, counter.get_total_flops() / rate)
     peaks = [float(subprocess.run([sys.executable, __file__, "--memory", name, which], capture_output=True, text=True, check=True).stdout) for which in ("ours", "theirs")]
     print(f"{name + ': memory of the step':34s} {peaks[0]:8.2f} GiB   {peaks[1]:8.2f} GiB   {peaks[1] / peaks[0]:5.2f}")
+
+
+# pictures of a hundred, about as in COCO
+MIX = {(640, 480): 34, (640, 427): 32, (640, 360): 3, (500, 333): 3, (612, 612): 4, (480, 640): 12, (427, 640): 10, (333, 500): 2}
+
+
+def compare_mixed(device, repeats, pictures=128, chosen=8):
+    """Steps of DETR over pictures of several proportions, in batches of 8 as each side makes them: ours like with like, theirs by chance."""
+    make, whose, side, size, _ = PAIRS["detr"]
+    torch.manual_seed(0)
+    models = [model.to(device) for model in make()]
+    models[0].to(memory_format=torch.channels_last)
+    drawn = torch.tensor(list(MIX))[torch.multinomial(torch.tensor([*MIX.values()]).float(), pictures, replacement=True)]
+    sides = (drawn * side / drawn.amin(1, keepdim=True)).round().int()
+    by_chance = torch.arange(pictures)
+    steps = []
+    for model, order, divisor in zip(models, (by_proportions(by_chance, drawn[:, 0] / drawn[:, 1], size), by_chance), (models[0].model.backbone.size_divisor, 1)):
+        batches = []
+        for batch in order.view(-1, size)[:: pictures // size // chosen]:
+            images, mask, _ = collate([(torch.randn(3, h, w), None) for w, h in sides[batch].tolist()], divisor)
+            images = images if model is models[0] else images.contiguous()
+            batches.append((images.to(device), mask.to(device), random_targets(size, 5, device)))
+        steps.append([training_step(model.train(), *batch) for batch in batches])
+    with FlopCounterMode(display=False) as counter:
+        for step in steps[0]:
+            step()
+    seconds = in_turns([lambda each=each: [step() for step in each] for each in steps], device, min(repeats, 2), warm_up=1)
+    show("detr: step, 8 of mixed proportions", whose, *(found / chosen for found in seconds), counter.get_total_flops() / chosen / product_rate(device))
 
 
 def show(what, whose, ours, theirs, limit=None):
@@ -263,7 +291,7 @@ def compare_evaluation(device, repeats, pictures=5000):
 
 
 def compare_all(names, device, repeats):
-    others = {"matcher": compare_matchers, "loading": compare_loading, "photos": partial(compare_loading, width=4000, height=3000, rounds=1), "evaluation": compare_evaluation}
+    others = {"mixed": compare_mixed, "matcher": compare_matchers, "loading": compare_loading, "photos": partial(compare_loading, width=4000, height=3000, rounds=1), "evaluation": compare_evaluation}
     unknown = [name for name in names if name not in {**PAIRS, **others}]
     if unknown:
         raise UserError(f"--peers {unknown[0]}: there are {', '.join([*PAIRS, *others])}")
@@ -288,7 +316,7 @@ def main():
     parser.add_argument("--batch-size", type=int, default=16, metavar="B", help="of the training step (default 16)")
     parser.add_argument("--repeats", type=int, default=10, metavar="N", help="calls that are timed (default 10)")
     parser.add_argument("--compile", action="store_true", help="inference with torch.compile")
-    parser.add_argument("--peers", nargs="*", metavar="NAME", help=f"beside {', '.join(PAIRS)}, matcher, loading, photos, evaluation (default: all of them)")
+    parser.add_argument("--peers", nargs="*", metavar="NAME", help=f"beside {', '.join(PAIRS)}, mixed, matcher, loading, photos, evaluation (default: all of them)")
     parser.add_argument("--growth", metavar="FILE", help="draws how a training step grows")
     parser.add_argument("--memory", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

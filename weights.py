@@ -45,15 +45,19 @@ def transformers_config(spec):
     return config
 
 
-MODELS = {
-    "dinov2": transformers.Dinov2Model, "dinov2_with_registers": transformers.Dinov2WithRegistersModel, "dinov3_vit": transformers.DINOv3ViTModel,
-    "dinov3_convnext": transformers.DINOv3ConvNextModel, "clip_vision_model": transformers.CLIPVisionModel, "vit_mae": transformers.ViTMAEModel,
+MODELS = {  # by name: transformers imports a model, a second for all of these, when it is asked for
+    "dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel", "dinov3_vit": "DINOv3ViTModel",
+    "dinov3_convnext": "DINOv3ConvNextModel", "clip_vision_model": "CLIPVisionModel", "vit_mae": "ViTMAEModel",
 }  # fmt: skip
+
+
+def class_of(config):
+    return getattr(transformers, MODELS[config.model_type])
 
 
 def new_model(config):
     """A transformers model with random weights."""
-    return MODELS[config.model_type](config)
+    return class_of(config)(config)
 
 
 def load_transformers(name, spec, weights):
@@ -69,7 +73,7 @@ def load_transformers(name, spec, weights):
         raise UserError(f"{weights}: no such folder or file; --backbone-weights takes pretrained, none, a Hugging Face folder or a .pth")
     source = spec.source if weights == "pretrained" else str(weights)
     strict = dict(dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)  # the report below names them all
-    model_class = MODELS[config.model_type]
+    model_class = class_of(config)
     if is_file:
         if spec.family not in CONVERSIONS:
             raise UserError(f"{source}: a file; {name} takes a Hugging Face folder, or pretrained")

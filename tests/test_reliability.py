@@ -33,6 +33,22 @@ from transforms import train_transforms
 # Crashes
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere loaders look after their workers themselves")
+def test_helpers_end_with_the_process_that_they_help():
+    helper = "start_worker(), print(os.getpid(), flush=True), time.sleep(60)"
+    code = f"import multiprocessing, os, time; from datasets import start_worker; multiprocessing.get_context('fork').Process(target=lambda: ({helper})).start()"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    stat = Path(f"/proc/{int(process.stdout.readline())}/stat")
+    assert stat.exists()
+    process.kill()
+    process.wait()
+    alive = lambda: stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    until = time.time() + 20
+    while alive() and time.time() < until:
+        time.sleep(0.1)
+    assert not alive()
+
+
 @pytest.mark.parametrize("signals", [[signal.SIGKILL], [signal.SIGTERM, signal.SIGINT]])
 def test_a_disturbed_run_ends_with_the_weights_of_an_undisturbed_one(signals, tmp_path):
     sent, _ = disturbed(tmp_path, 2, signals, steps=48)

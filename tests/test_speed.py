@@ -1,7 +1,11 @@
 """What a training step costs, counted and not timed: what grows here, somebody has to want."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
+from conftest import ROOT
 from test_commands import called
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -141,3 +145,8 @@ def test_both_evaluations_find_the_same_and_growth_is_drawn(monkeypatch, capsys,
     status, out, err = called(benchmark.main, ["--growth", tmp_path / "growth.png", "--detector", "ecdet", "--size", "nano"], monkeypatch, capsys)
     assert status == 0, err
     assert [line.split()[0] for line in out.splitlines()[-2:]] == ["pixels", "classes"] and (tmp_path / "growth.png").stat().st_size > 10_000
+
+
+def test_a_detector_on_its_own_backbone_imports_no_model_of_transformers():
+    code = "import sys, detector; print([name for name in sys.modules if name.startswith('transformers.models.') and '.modeling_' in name])"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -191,7 +191,7 @@ def main():
     if split.classes != content["classes"]:
         raise UserError(f"the data's classes {split.classes[:5]} are not the checkpoint's {content['classes'][:5]}")
     data = DetectionDataset(split, eval_transforms(arguments.image_size or config["image_size"], config.get("square", False)))
-    order = proportions_of(split).argsort().tolist()  # like beside like: less padding
+    order = proportions_of(split).argsort(stable=True).tolist()  # like beside like: less padding
     loader = DataLoader(data, batch_size=arguments.batch_size, sampler=order, collate_fn=partial(collate, divisor=model.backbone.size_divisor))
     figures, curves, found = evaluate(model, postprocess, loader, split, device)
     for name, value in figures.items():

@@ -152,7 +152,7 @@ def main():
     atexit.register(gc.unfreeze)  # or some libraries take the end for a leak
     # A loader draws a number when it starts; with a generator of its own it leaves the training's alone.
     stream = while_readable(DataLoader(train_set, batch_sampler=batches, generator=torch.Generator(), **workers), None if shard else save_last, folder)
-    val_order = proportions_of(val).argsort()[distributed.share(len(val_set))].tolist()  # like beside like: less padding
+    val_order = proportions_of(val).argsort(stable=True)[distributed.share(len(val_set))].tolist()  # like beside like: less padding
     val_loader = DataLoader(val_set, batch_size=max(1, s["batch_size"] // world), sampler=val_order, generator=torch.Generator(), **workers)
 
     # Training

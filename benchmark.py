@@ -77,7 +77,7 @@ def in_turns(functions, device, repeats, warm_up=2):
 def product_rate(device, n=4096):
     """Operations a second of a large float32 matrix product."""
     a = torch.randn(n, n, device=device)
-    return 2 * n**3 / min(seconds_of([lambda: a @ a], 3, device)[0])
+    return 2 * n**3 / min(seconds_of([lambda: a @ a], 5, device)[0])
 
 
 def training_step(model, images, mask, targets):
@@ -98,12 +98,13 @@ def contestants(name, device):
     return models, (images, mask, random_targets(pictures, 5, device)), picture_batch(8, detect_side, device)
 
 
-def compare(name, device, repeats, rate):
+def compare(name, device, repeats):
     """Prints the rows of one peer."""
     (ours, theirs), batch, (images, mask) = contestants(name, device)
     _, whose, side, pictures, detect_side = PAIRS[name]
     with FlopCounterMode(display=False) as counter:
         training_step(ours.train(), *batch)()
+    rate = product_rate(device)  # now: it changes with what else the machine does
     limit = counter.get_total_flops() / rate
     plain = batch[0].contiguous(), *batch[1:]
     seconds = in_turns([training_step(ours, *batch), training_step(theirs.train(), *plain)], device, repeats)
@@ -298,12 +299,11 @@ def compare_all(names, device, repeats):
     if unknown:
         raise UserError(f"--peers {unknown[0]}: there are {', '.join([*PAIRS, *others])}")
     transformers.logging.set_verbosity_error()
-    rate = product_rate(device)
-    print(f"a product of 4096x4096 float32 matrices: {rate / 1e9:.0f} GFLOP/s; {torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__}")
+    print(f"a product of 4096x4096 float32 matrices: {product_rate(device) / 1e9:.0f} GFLOP/s; {torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__}")
     print(f"{'':34s} {'ours':>11s} {'theirs':>14s}    {'ratio':>5s} {'limit':>6s}")
     for name in names or [*PAIRS, *others]:
         if name in PAIRS:
-            compare(name, device, repeats, rate)
+            compare(name, device, repeats)
         else:
             others[name](device, repeats)
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -37,23 +38,29 @@ class Counter(TorchDispatchMode):
         return found
 
 
+class Kept:
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
 def cost(detector, pictures=2, objects=3, side=96, **changes):
     torch.manual_seed(0)
     model, criterion, _ = build_model(CONFIG | {"detector": detector} | changes)
     images, mask = torch.randn(pictures, 3, side, side), torch.zeros(pictures, side, side, dtype=torch.bool)
     targets = [{"labels": torch.randint(5, (objects,)), "boxes": 0.3 + 0.2 * torch.rand(objects, 4)} for _ in range(pictures)]
-    kept = {}
+    kept = weakref.WeakSet()  # what the forward pass itself gave up again is not kept
 
     def keep(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
+        kept.add(entry := Kept(tensor))
+        return entry
 
     with Counter() as step:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda entry: entry.tensor):
             loss = sum(criterion(model(images, mask, targets), targets).values())
+        sizes = {entry.tensor.untyped_storage().data_ptr(): entry.tensor.untyped_storage().nbytes() for entry in kept}
         loss.backward()
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    activations = sum(size for pointer, size in kept.items() if pointer not in weights)
+    activations = sum(size for pointer, size in sizes.items() if pointer not in weights)
     model = fold(model.eval())
     with torch.no_grad(), Counter() as detecting:
         model(images, mask)

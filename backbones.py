@@ -114,14 +114,17 @@ def find_spec(name):
     return BACKBONES[name]
 
 
-def build_backbone(name, weights=None, checkpointing=False, layers=None, patch_size=None, patch_resize="pinv"):
+def build_backbone(
+    name, weights=None, checkpointing=False, layers=None, patch_size=None, patch_resize="pinv", freeze_norms=None
+):
     """A backbone by name.
 
     weights: "pretrained" (hub or release, kept in the usual caches), None (random), or a path: a Hugging Face folder, one
     of the authors' original files (Meta's, MAE's, MuM's, VGGT's, ECViT's). Every weight of the model has to be in the file and
     the other way round. checkpointing: activations are recomputed in the backward pass, to save memory. layers: blocks of a plain
     ViT, counted from 0, each of which gives a map of its own (default: the last alone). patch_size: resamples a plain ViT's patch
-    embedding to patches of that many pixels, see weights.resize_patch_filters for patch_resize. Raises UserError.
+    embedding to patches of that many pixels, see weights.resize_patch_filters for patch_resize. freeze_norms: batch statistics
+    that come with the weights stay as they are in training (default: where weights are given). Raises UserError.
     """
     spec = find_spec(name)
     if weights in ("none", ""):
@@ -134,19 +137,26 @@ def build_backbone(name, weights=None, checkpointing=False, layers=None, patch_s
             raise UserError(f"{option}: for plain vision transformers; {name} has maps at strides {', '.join(map(str, spec.strides))} of its own")
     if plain:
         backbone = PlainViT(name, spec, weights, layers, patch_size or spec.patch, patch_resize)
+    elif spec.family == "ecvit":
+        backbone = ECViTBackbone(name, spec, weights, weights is not None if freeze_norms is None else freeze_norms)
     else:
-        backbone = (ECViTBackbone if spec.family == "ecvit" else ConvNeXt)(name, spec, weights)
+        backbone = ConvNeXt(name, spec, weights)
     if checkpointing:
         backbone.checkpoint_activations()
     return backbone
 
 
-def backbone_of(config):
-    """The backbone that a run's settings describe."""
+def backbone_of(config, load_weights=True):
+    """The backbone that a run's settings describe, with its pretrained weights or with random ones that are still to be filled."""
     return build_backbone(
-        config["backbone"], config["backbone_weights"], layers=parse_layers(config.get("layers")), patch_size=config.get("patch_size"),
-        patch_resize=config.get("patch_resize", "pinv"),
+        config["backbone"], config["backbone_weights"] if load_weights else None, layers=parse_layers(config.get("layers")),
+        patch_size=config.get("patch_size"), patch_resize=config.get("patch_resize", "pinv"), freeze_norms=is_pretrained(config),
     )  # fmt: skip
+
+
+def is_pretrained(config):
+    """Whether a run's backbone began with weights from elsewhere: its own release's or a checkpoint's."""
+    return config.get("backbone_weights") not in (None, "", "none") or bool(config.get("init"))
 
 
 def parse_layers(text):
@@ -177,9 +187,9 @@ def parameter_depths(backbone):
 class ECViTBackbone(ecvit.ECViT):
     """ECViT from ecvit.py under this file's contract."""
 
-    def __init__(self, name, spec, weights):
+    def __init__(self, name, spec, weights, freeze_norms):
         super().__init__(**ecvit.CONFIGS[name])
-        self.name, self.size_divisor, self.pretrained = name, 32, weights is not None
+        self.name, self.size_divisor, self.freeze_norms = name, 32, freeze_norms
         if weights is None:
             return
         state = read_state_dict(download(spec.source) if weights == "pretrained" else weights)
@@ -192,7 +202,7 @@ class ECViTBackbone(ecvit.ECViT):
     def train(self, mode=True):
         """Batch statistics that came with the weights stay as they are: small batches would only blur them."""
         super().train(mode)
-        if self.pretrained:
+        if self.freeze_norms:
             self.backbone.patch_embed.eval()
         return self
 

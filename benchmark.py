@@ -37,13 +37,14 @@ import plots
 from datasets import DetectionDataset, by_proportions, collate, start_worker
 from detr_loss import HungarianMatcher
 from detr_model import DETECTORS, build_model
+from devices import choose_device, choose_precision
 from ecdet_model import SIZES
 from ecvit import fold
 from errors import UserError, run
 from evaluate import annotations_of, coco_of, measure
 from layouts import Record, Split
 from peers import CLASSES, PAIRS, Ours
-from settings import DEFAULTS, fast_bfloat16
+from settings import DEFAULTS
 from timing import seconds_of
 from transforms import MEAN, STD, detail_needed, train_transforms
 
@@ -322,9 +323,9 @@ def main():
     parser.add_argument("--growth", metavar="FILE", help="draws how a training step grows")
     parser.add_argument("--memory", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device()
     torch.manual_seed(0)
-    precisions = [torch.float32] + [torch.bfloat16] * fast_bfloat16()
+    precisions = [torch.float32] + [torch.bfloat16] * (choose_precision("auto", device) == "bfloat16")
     report = lambda what, seconds: print(f"{what:56s} median {1000 * statistics.median(seconds):8.1f} ms, fastest {1000 * min(seconds):8.1f}")
 
     if arguments.memory:

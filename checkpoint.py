@@ -19,7 +19,6 @@ from weights import complain, first_line, load_strictly
 
 FORMAT = 1
 LARGEST = dict(num_classes=10**5, num_queries=10**5, hidden_dim=10**4, ffn_dim=10**5, num_heads=10**3, encoder_layers=100, decoder_layers=100, image_size=10**4, patch_size=10**3)
-CLASS_LAYERS = re.compile(r"class|score_head")
 
 
 def save_checkpoint(path, content):
@@ -78,6 +77,15 @@ def read_checkpoint(path):
     return released_checkpoint(weights, path)
 
 
+# What earlier versions, whose checkpoints don't have these settings, did without being asked
+EARLIER = {"exact_sides": False}
+
+
+def settings_of(config):
+    """A checkpoint's settings with those that came later, such that they mean what they meant when it was written."""
+    return EARLIER | config
+
+
 def refuse_newer(content, path):
     if content["format"] > FORMAT:
         raise UserError(f"{path}: written by a newer version (format {content['format']}, this one reads {FORMAT})")
@@ -88,19 +96,19 @@ def checked(content, path):
     allocated by its settings, nor opened by names in them, before that is sure. Raises UserError."""
     try:
         refuse_newer(content, path)
-        config, classes = content["config"], content["classes"]
+        config, classes = settings_of(content["config"]), content["classes"]
         if not all(isinstance(name, str) for name in classes) or len(classes) != config["num_classes"] or len(classes) != len(content["category_ids"]):
             raise ValueError("classes, category_ids and num_classes do not belong together")
         for key, most in LARGEST.items():
             if config.get(key) is not None and not 1 <= config[key] <= most:
                 raise ValueError(f"{key} is not in 1 .. {most:,}")
         with torch.device("meta"):
-            wanted = build_model(config | {"backbone_weights": None})[0].state_dict()
+            wanted = build_model(config, load_weights=False)[0].state_dict()
         mismatched = [key for key, value in content["model"].items() if key in wanted and value.shape != wanted[key].shape]
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, ZeroDivisionError, IndexError) as error:
         raise UserError(f"{path}: its settings describe no detector ({type(error).__name__}: {first_line(error)[:200]})") from None
     complain(path, config["detector"], wanted.keys() - content["model"].keys(), content["model"].keys() - wanted.keys(), mismatched)
-    return content
+    return content | {"config": config}
 
 
 # A Hugging Face folder: model.safetensors, config.json with all else, and a model card
@@ -159,30 +167,43 @@ def fetch_folder(name):
         raise UserError(f"{name}: no such file or folder here, and not to be had from the hub ({first_line(error)[:200]})") from None
 
 
-def load_detector(path, device="cpu"):
+def load_detector(path, device="cpu", memory_format=torch.channels_last):
     """-> (model for inference on device, its batch norms folded; postprocess; checkpoint dictionary)."""
     content = read_checkpoint(path)
-    model, _, postprocess = build_model({**content["config"], "backbone_weights": None})
+    model, _, postprocess = build_model(content["config"], load_weights=False)
     load_strictly(model, content["model"], path)
-    return fold(model).to(device).eval(), postprocess, content
+    return fold(model).to(device, memory_format=memory_format).eval(), postprocess, content
 
 
 def start_from(model, content, classes, source):
-    """Fills model with a checkpoint's weights. Of the layers that give the classes, only the rows of those classes that the
-    checkpoint knows by name are filled; the others stay as they are. Prints which. Raises UserError."""
+    """Fills model with a checkpoint's weights. Of its `class_layers` only the rows of those classes that the checkpoint knows by
+    name are filled; the others stay as they are. Prints which. Raises UserError."""
     state, own = dict(content["model"]), model.state_dict()
-    known = {name: i for i, name in enumerate(content["classes"])}
-    pairs = [(i, known[name]) for i, name in enumerate(classes) if name in known]
     if classes != content["classes"]:
-        rows = 0
-        for key in [key for key in state if key in own and CLASS_LAYERS.search(key)]:
-            ours, theirs = own[key].clone(), state[key]
-            for new, old in pairs + [(len(classes), len(known))]:  # the row after the last class: "no object", or none
-                if new < len(ours) and old < len(theirs):
-                    ours[new] = theirs[old]
-            state[key] = ours
-            rows += 1
+        known = {name: i for i, name in enumerate(content["classes"])}
+        pairs = [(i, known[name]) for i, name in enumerate(classes) if name in known]
+        mapped = []
+        for layer, (groups, first) in model.class_layers().items():
+            for key in [key for key in state if key.startswith(layer + ".") and key in own]:
+                state[key] = copy_classes(own[key], state[key], groups, first, len(classes), len(content["classes"]), pairs)
+                mapped.append(key)
         anew = [name for name in classes if name not in known]
         kept = ", ".join(classes[i] for i, _ in pairs) or "none"
-        print(f"{source}: all weights but {rows} of the layers that give the classes; in these, kept by name: {kept}; made anew: {', '.join(anew) or 'none'}")
+        print(
+            f"{source}: all weights but {len(mapped)} of the layers that give the classes; in these, kept by name: {kept}; "
+            f"made anew: {', '.join(anew) or 'none'}"
+        )
     load_strictly(model, state, source)
+
+
+def copy_classes(ours, theirs, groups, first, count, their_count, pairs):
+    """A class layer's weight (groups * (first + count + rest), ...) with rows of another's, which has their_count classes: those of
+    `pairs` [(our class, theirs)], and what comes before and after the classes in each group, as the background."""
+    if len(theirs) != groups * (len(ours) // groups - count + their_count):
+        return theirs  # made for something else: loading it says so
+    copied = ours.clone()
+    to, of = copied.unflatten(0, (groups, -1)), theirs.unflatten(0, (groups, -1))
+    to[:, :first], to[:, first + count :] = of[:, :first], of[:, first + their_count :]
+    for new, old in pairs:
+        to[:, first + new] = of[:, first + old]
+    return copied

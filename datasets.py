@@ -10,9 +10,12 @@ import argparse
 import ctypes
 import hashlib
 import itertools
+import math
+import random
 import signal
 import sys
 from collections import Counter, defaultdict
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +27,7 @@ import plots
 from errors import UserError, run
 from files import open_image
 from layouts import LAYOUTS, load_splits
-from transforms import mix_up, mosaic
+from transforms import longest_side, mix_up, mosaic, resized_sides
 
 
 def read_image(path, upright=True, detail=None):
@@ -53,13 +56,19 @@ def reduction(width, height, detail):
     return next(n for n in (8, 4, 2, 1) if n == 1 or detail and min(width, height) // n >= detail and width % n == height % n == 0)
 
 
-class DetectionDataset(torch.utils.data.Dataset):
-    """Records as (image, target) after `transforms`; decoded pictures are kept in memory if `cache_bytes` hold them all. detail: see read_image.
+class Draw(NamedTuple):
+    """Which image, and how it is augmented; the augmentation depends on nothing else, whichever process does it and whenever."""
 
-    Indexed by (index, seed, draw, mixed) as well as by index: the augmentation depends on nothing but these, see EndlessBatches,
-    whichever process draws it and whenever; so a resumed run sees the same pictures. Where `mixed`, half of the pictures are
-    mosaics, and in half of the batches pictures are mixed up.
-    """
+    index: int
+    seed: int = 0
+    side: float | None = None  # in [0, 1), picks the transform, see transforms.PickOne; None: the whole image
+    is_mosaic: bool = False
+    mix: float | None = None  # what the image keeps of itself where its batch is mixed up
+
+
+class DetectionDataset(torch.utils.data.Dataset):
+    """Records as (image, target) after `transforms`, indexed by a Draw (or a tuple of its parts, or an index alone). Decoded
+    pictures are kept in memory if `cache_bytes` hold them all. detail: see read_image."""
 
     def __init__(self, split, transforms, cache_bytes=0, detail=None):
         self.split, self.transforms, self.detail = split, transforms, detail
@@ -70,24 +79,19 @@ class DetectionDataset(torch.utils.data.Dataset):
         return len(self.split.records)
 
     def __getitem__(self, index):
-        index, seed, draw, mixed = index if isinstance(index, tuple) else (index, index, None, False)
-        sample = self.load(index)
+        draw = Draw(*index) if isinstance(index, tuple) else Draw(index, index)
+        sample = self.load(draw.index)
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed keeps a note for every device that is not in use yet
-            is_mosaic = mixed and float(torch.rand(())) < 0.5
-            if is_mosaic:
+            torch.default_generator.manual_seed(draw.seed)  # torch.manual_seed keeps a note for every device that is not in use yet
+            if draw.is_mosaic:
                 sample = mosaic([sample, *(self.load(i) for i in torch.randint(len(self), (3,)).tolist())])
-            return self.transforms(*sample, draw, is_mosaic)
+            return self.transforms(*sample, draw.side, draw.is_mosaic)
 
     def __getitems__(self, indices):
         """A batch at once, as DataLoader asks for it."""
         samples = [self[index] for index in indices]
-        first = indices[0]
-        if isinstance(first, tuple) and first[3]:
-            chance, share = torch.rand(2, generator=torch.Generator().manual_seed(first[1])).tolist()
-            if chance < 0.5:
-                samples = mix_up(samples, 0.45 + 0.1 * share)
-        return samples
+        mix = Draw(*indices[0]).mix if isinstance(indices[0], tuple) else None
+        return samples if mix is None else mix_up(samples, mix)
 
     def load(self, index):
         """-> the whole picture as uint8 tv_tensors.Image (3, H, W) and its target, boxes xyxy in pixels."""
@@ -137,35 +141,49 @@ def decoded_bytes(record, detail):
 
 
 class EndlessBatches:
-    """Batches of (index, seed, draw, mixed) without end, for DataLoader's batch_sampler: permutation after permutation of the
-    data set, each picture once in each, cut into full batches. `first` batches are left out, to go on where a run was stopped.
+    """Batches of Draws without end, for DataLoader's batch_sampler: the data set is shuffled anew in every round, each image
+    comes once in each, and batches go across rounds, so that all are full. `first` batches are left out, to resume a run.
 
-    proportions: each picture's width / height, by which pictures are put together, see by_proportions; None leaves it to chance.
-    phase: (pictures shown so far) -> "plain", "varied" or "mixed", see transforms. `draw` is a number in [0, 1) that a whole
-    batch shares, None where it is plain. share: (rank, number of processes), each of which takes its part of every batch.
+    proportions: each image's width / height, by which images are put together, see by_proportions; None leaves it to chance.
+    phase: (images shown so far) -> "plain", "varied" or "mixed", see transforms; a batch shares its `side`. mixing: how
+    likely an image is a mosaic and a batch is mixed up where it is "mixed". share: (rank, number of processes), each of which
+    takes its part of every batch; pieces: in how many batches it gets that part, for accumulation.
+
+    All that is drawn for a batch comes from one generator in turn: draws that share a seed would be the same number.
     """
 
-    def __init__(self, length, batch_size, seed, phase, first=0, share=(0, 1), proportions=None):
+    def __init__(self, length, batch_size, seed, phase, first=0, share=(0, 1), proportions=None, mixing=0.5, pieces=1):
         self.length, self.batch_size, self.seed, self.phase, self.first, self.share = length, batch_size, seed, phase, first, share
         self.proportions = torch.ones(length) if proportions is None else proportions
+        self.mixing, self.pieces, self.last_order = mixing, pieces, (None, [])
 
     def __iter__(self):
-        start = self.first * self.batch_size
-        batch = []
-        for position in itertools.count(start):
-            round_, place = divmod(position, self.length)
-            if place == 0 or position == start:
-                order = torch.randperm(self.length, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + round_))
-                begun = -round_ * self.length % self.batch_size  # so many belong to a batch of the last permutation
-                order = torch.cat([order[:begun], by_proportions(order[begun:], self.proportions, self.batch_size)]).tolist()
-            seed = (self.seed * 1_000_003 + position) % 2**31
-            if not batch:
-                phase = self.phase(position)
-                draw = None if phase == "plain" else float(torch.rand((), generator=torch.Generator().manual_seed(seed)))
-            batch.append((order[place], seed, draw, phase == "mixed"))
-            if len(batch) == self.batch_size:
-                yield batch[self.share[0] :: self.share[1]]
-                batch = []
+        rank, world = self.share
+        for number in itertools.count(self.first):
+            mine = self.batch(number)[rank::world]
+            size = len(mine) // self.pieces
+            yield from (mine[i : i + size] for i in range(0, len(mine), size))
+
+    def batch(self, number):
+        """-> the Draws of all processes."""
+        start = number * self.batch_size
+        places = (divmod(position, self.length) for position in range(start, start + self.batch_size))
+        indices = [self.order(round_)[place] for round_, place in places]
+        draws, phase = random.Random(f"{self.seed} batch {number}"), self.phase(start)
+        side, mixes, mix = draws.random(), draws.random() < self.mixing, 0.45 + 0.1 * draws.random()
+        side, mix = None if phase == "plain" else side, mix if phase == "mixed" and mixes else None
+        is_mosaic = [draws.random() < self.mixing and phase == "mixed" for _ in indices]
+        return [Draw(index, draws.getrandbits(31), side, *more, mix) for index, *more in zip(indices, is_mosaic)]
+
+    def order(self, round_):
+        """The images' indices in the order of a round."""
+        if self.last_order[0] != round_:
+            generator = torch.Generator().manual_seed(random.Random(f"{self.seed} round {round_}").getrandbits(63))
+            order = torch.randperm(self.length, generator=generator)
+            begun = -round_ * self.length % self.batch_size  # so many belong to a batch of the last round
+            order = torch.cat([order[:begun], by_proportions(order[begun:], self.proportions, self.batch_size)])
+            self.last_order = round_, order.tolist()
+        return self.last_order[1]
 
 
 def proportions_of(split):
@@ -173,16 +191,33 @@ def proportions_of(split):
     return torch.tensor([record.width / record.height for record in split.records])
 
 
+def equal_batches(sizes, batch_size, divisor):
+    """sizes [(height, width)] of images as the network gets them -> batches of their indices, [[index]], in each of which all
+    are padded to the same multiples of divisor: so what an image gives doesn't depend on the others."""
+    groups = defaultdict(list)
+    for index, (height, width) in enumerate(sizes):
+        groups[math.ceil(height / divisor), math.ceil(width / divisor)].append(index)
+    return [group[i : i + batch_size] for _, group in sorted(groups.items()) for i in range(0, len(group), batch_size)]
+
+
+def evaluation_batches(split, batch_size, divisor, size, square=False, exact=True):
+    """equal_batches of a Split for eval_transforms(size, square, exact)."""
+    sizes = [
+        (size, size) if square else resized_sides(r.height, r.width, size, longest_side(size), exact) for r in split.records
+    ]
+    return equal_batches(sizes, batch_size, divisor)
+
+
 def by_proportions(order, proportions, batch_size, batches=16):
     """Puts pictures of like proportions into the same batch, so that little of it is padding. Of each `batches` full batches the pictures
     are shared out anew, narrow ones first; then those batches come in the order of their first pictures in `order`, as random as that is.
     What is left at the end stays as it is."""
-    places = torch.arange(len(order))
+    places, full = torch.arange(len(order)), len(order) // batch_size * batch_size
     found = []
-    for chunk in places[: len(order) // batch_size * batch_size].split(batches * batch_size):
+    for chunk in places[:full].split(batches * batch_size):
         grouped = chunk[proportions[order[chunk]].argsort(stable=True)].view(-1, batch_size)
         found.append(grouped[grouped.amin(1).argsort()].flatten())
-    return order[torch.cat([*found, places[len(order) // batch_size * batch_size :]])]
+    return order[torch.cat([*found, places[full:]])]
 
 
 def collate(batch, divisor=32):
@@ -271,6 +306,8 @@ def main():
     parser.add_argument("--out", default="samples.png", metavar="FILE", help="default: samples.png")
     arguments = parser.parse_args()
     train, val = load_splits(arguments.data, arguments.train_split, arguments.val_split, arguments.skip_bad_images, arguments.layout, allow_outside=arguments.allow_outside)
+    if train.layout == "json" and (arguments.train_split or arguments.val_split):
+        raise UserError(f"{arguments.data} is a single COCO file, which has no parts to choose; leave out --train-split and --val-split")
     for line in [*describe(train), *describe(val)]:
         print(line)
     found = suspicions(train, val)

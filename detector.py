@@ -18,31 +18,36 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as TF
 
 from checkpoint import load_detector, write_folder
-from datasets import collate, read_image
+from datasets import collate, equal_batches, read_image
+from devices import autocast, choose_device, choose_precision
 from errors import UserError
 from tiles import detect_in_tiles
-from transforms import LONG_SIDE, MEAN, SHORT_SIDE, eval_transforms
+from transforms import MEAN, eval_transforms, longest_side, resized_sides
 
 
-def load(source, device=None, image_size=None, threshold=0.4, tile=None):
+def load(source, device=None, image_size=None, threshold=0.4, tile=None, precision="auto"):
     """source: see checkpoint.read_checkpoint; image_size: shortest side (default: that of the training); threshold: lowest score that
-    is given; tile: larger pictures are cut into tiles of that many pixels, 0 for image_size -> Detector. Raises UserError."""
+    is given; tile: larger pictures are cut into tiles of that many pixels, 0 for image_size; precision: see devices.choose_precision
+    -> Detector. Raises UserError."""
     if Path(source).suffix in (".onnx", ".pt2"):
-        return ExportedDetector(source, threshold, tile)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if precision != "auto":
+            raise UserError(f"--precision {precision}: {source} computes as it was exported; leave it out")
+        return ExportedDetector(source, threshold, tile, image_size)
+    device = torch.device(device) if device else choose_device()
     model, postprocess, content = load_detector(source, device)
-    return Detector(model, postprocess, content, device, image_size, threshold, tile)
+    precision = choose_precision(precision, device, training=False)
+    return Detector(model, postprocess, content, device, image_size, threshold, tile, precision)
 
 
 class Detector:
     """`classes` and `category_ids` say what labels mean; called with a picture or a list of them."""
 
-    def __init__(self, model, postprocess, content, device, image_size=None, threshold=0.4, tile=None):
+    def __init__(self, model, postprocess, content, device, image_size=None, threshold=0.4, tile=None, precision="float32"):
         self.model, self.postprocess, self.content, self.device, self.threshold = model, postprocess, content, device, threshold
-        self.classes, self.category_ids = content["classes"], content["category_ids"]
+        self.classes, self.category_ids, self.precision = content["classes"], content["category_ids"], precision
         config = content["config"]
         self.tile = (image_size or config["image_size"]) if tile == 0 else tile
-        self.transform = eval_transforms(image_size or config["image_size"], config.get("square", False))
+        self.transform = eval_transforms(image_size or config["image_size"], config.get("square", False), config["exact_sides"])
 
     def __call__(self, pictures, threshold=None, batch_size=8):
         """A path, PIL image or array -> {"scores", "labels", "boxes", "names"}, best first, on the CPU; a list of them -> a list.
@@ -64,11 +69,18 @@ class Detector:
 
     @torch.no_grad()
     def detect(self, images):
-        """PIL images -> [{"scores", "labels", "boxes"}] with everything that the network finds, on the CPU."""
-        images_, mask, _ = collate([self.transform(*unlabelled(image), 0.0) for image in images], self.model.backbone.size_divisor)
-        outputs = self.model(images_.to(self.device, memory_format=torch.channels_last), mask)
-        sizes = torch.tensor([[image.height, image.width] for image in images], device=self.device)
-        return [{key: value.cpu() for key, value in detections.items()} for detections in self.postprocess(outputs, sizes)]
+        """PIL images -> [{"scores", "labels", "boxes"}] with everything that the network finds, on the CPU. Only images that are
+        padded to the same size share a batch: what is found in one doesn't depend on the others."""
+        divisor, found = self.model.backbone.size_divisor, [None] * len(images)
+        inputs = [self.transform(*unlabelled(image)) for image in images]
+        for batch in equal_batches([pixels.shape[-2:] for pixels, _ in inputs], len(images), divisor):
+            pixels, mask, _ = collate([inputs[i] for i in batch], divisor)
+            with autocast(self.precision, self.device):
+                outputs = self.model(pixels.to(self.device, memory_format=torch.channels_last), mask)
+            sizes = torch.tensor([[images[i].height, images[i].width] for i in batch], device=self.device)
+            for i, detections in zip(batch, self.postprocess(outputs, sizes)):
+                found[i] = {key: value.cpu() for key, value in detections.items()}
+        return found
 
     def above(self, detections, threshold):
         return {key: value[detections["scores"] >= threshold] for key, value in detections.items()}
@@ -93,12 +105,14 @@ class Detector:
 class ExportedDetector(Detector):
     """The same from a file of export.py. Where its graph takes pictures of one size, others are made to fit and padded."""
 
-    def __init__(self, path, threshold=0.4, tile=None):
+    def __init__(self, path, threshold=0.4, tile=None, image_size=None):
         path = Path(path)
         if not path.is_file():
             raise UserError(f"{path}: no such file")
         about, self.run = (open_onnx if path.suffix == ".onnx" else open_torch)(path)
-        self.about = about
+        if image_size and not about.get("divisor"):
+            raise UserError(f"--image-size {image_size}: {path} was exported for {about['height']}x{about['width']} alone; export it with --any-size")
+        self.about = about | ({"image_size": image_size} if image_size else {})
         self.classes, self.category_ids, self.threshold, self.device = about["classes"], about["category_ids"], threshold, torch.device("cpu")
         self.tile = min(about["height"], about["width"]) if tile == 0 else tile
 
@@ -141,8 +155,8 @@ def canvas_size(image, config, divisor):
     if config.get("square"):
         sides = (config["image_size"],) * 2
     else:
-        scale = config["image_size"] * min(1 / min(image.size), LONG_SIDE / SHORT_SIDE / max(image.size))
-        sides = round(image.height * scale), round(image.width * scale)
+        size = config["image_size"]
+        sides = resized_sides(image.height, image.width, size, longest_side(size))
     return tuple(math.ceil(side / divisor) * divisor for side in sides)
 
 

@@ -198,9 +198,10 @@ def softmax_loss(logits, classes, no_object_weight):
 
 
 class PostProcess(nn.Module):
-    """Outputs -> detections. class_loss "softmax": each query's best class; otherwise the `limit` best (query, class) pairs."""
+    """Outputs -> detections. class_loss "softmax": each query's best class; otherwise the `limit` best
+    (query, class) pairs, by default as many as there are queries and 300 at least."""
 
-    def __init__(self, class_loss="quality", limit=300):
+    def __init__(self, class_loss="quality", limit=None):
         super().__init__()
         self.class_loss, self.limit = class_loss, limit
 
@@ -218,7 +219,8 @@ class PostProcess(nn.Module):
             labels = labels.gather(1, query)
         else:
             classes = logits.shape[-1]
-            scores, pair = logits.sigmoid().flatten(1).topk(min(self.limit, logits.shape[1] * classes), dim=1)
+            limit = self.limit or max(300, logits.shape[1])
+            scores, pair = logits.sigmoid().flatten(1).topk(min(limit, logits.shape[1] * classes), dim=1)
             query, labels = pair // classes, pair % classes
         sizes = sizes.to(boxes)[:, None, [1, 0, 1, 0]]
         boxes = to_xyxy(boxes.gather(1, query[..., None].expand(-1, -1, 4))) * sizes

@@ -10,6 +10,7 @@ every earlier layer.
 """
 
 import math
+import re
 
 import torch
 import torch.nn.functional as F
@@ -20,16 +21,19 @@ from backbones import backbone_of, build_pyramid
 from detr_loss import HungarianMatcher, PostProcess, SetCriterion
 from dino_model import build_dino
 from ecdet_model import build_ecdet
-from layers import Attention, Mlp, grid_embedding, is_padded, padding_bias, sine_embedding, unpadded_size
+from layers import ONE_ROW_EACH, Attention, Mlp, grid_embedding, in_float32, is_padded, padding_bias, sine_embedding, unpadded_size
 from refinement import shift_boxes
 from ssd_model import build_ssd
 
 ANCHOR_CELLS = 4  # side of the boxes that the dense predictions start from
 
 
-def build_model(config):
-    """config: a plain dict of values, as a run's config.json holds -> (model, criterion, postprocess)."""
-    return DETECTORS[config["detector"]](config)
+def build_model(config, load_weights=True):
+    """config: a plain dict of values, as a run's config.json holds -> (model, criterion, postprocess).
+
+    load_weights=False: the same network without the backbone's pretrained weights, for a checkpoint that brings all weights.
+    """
+    return DETECTORS[config["detector"]](backbone_of(config, load_weights), config)
 
 
 def mask_coordinates(padding):
@@ -47,6 +51,12 @@ def cell_coordinates(mask, size, stride):
     cell = stride / unpadded_size(mask)
     y, x = (torch.arange(n, device=mask.device) + 0.5 for n in size)
     return y * cell[:, 1:], x * cell[:, :1], cell
+
+
+def beyond(centres):
+    """centres (B, n) of a map's rows or columns -> (B, n), True on padding. The first never is: an image may be thinner than half
+    a cell."""
+    return torch.cat([torch.zeros_like(centres[:, :1], dtype=torch.bool), centres[:, 1:] > 1], dim=1)
 
 
 class Neck(nn.Module):
@@ -118,6 +128,17 @@ class DecoderLayer(nn.Module):
         return self.norm3(x + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x))))))
 
 
+def init_as_published(layer):
+    """Xavier over every matrix of a transformer layer, where query, key and value projections count as one of 3C rows, and
+    attention without biases: what PyTorch's MultiheadAttention and the authors' code do together."""
+    for name, parameter in layer.named_parameters():
+        if parameter.ndim > 1:
+            together = re.search("[qkv]_proj", name) is not None
+            nn.init.xavier_uniform_(parameter, gain=math.sqrt(0.5) if together else 1.0)
+        elif "attn" in name:
+            nn.init.zeros_(parameter)
+
+
 class DETR(nn.Module):
     """DETR as published (arXiv 2005.12872): the backbone's coarsest map, 6 + 6 layers, learned queries, K classes and "no object"."""
 
@@ -133,6 +154,8 @@ class DETR(nn.Module):
         self.query_pos = nn.Parameter(torch.randn(num_queries, hidden_dim))
         self.class_head = nn.Linear(hidden_dim, num_classes + 1)
         self.box_head = Mlp(hidden_dim, hidden_dim, 4, 3)
+        for layer in [*self.encoder, *self.decoder]:
+            init_as_published(layer)
 
     def forward(self, images, mask, targets=None):
         padded, mask = is_padded(mask), mask.to(images.device, non_blocking=True)
@@ -151,8 +174,12 @@ class DETR(nn.Module):
         for layer in self.decoder:
             queries = layer(queries, query_pos, placed, memory, bias)
             x = self.norm(queries)
-            outputs.append({"pred_logits": self.class_head(x).float(), "pred_boxes": self.box_head(x).float().sigmoid()})
+            outputs.append({"pred_logits": in_float32(self.class_head, x), "pred_boxes": in_float32(self.box_head, x).sigmoid()})
         return {**outputs[-1], "aux_outputs": outputs[:-1]}
+
+    def class_layers(self):
+        """What of the state dict has a row for each class, see checkpoint.copy_classes."""
+        return {"class_head": ONE_ROW_EACH}
 
 
 class PlainDETR(nn.Module):
@@ -186,7 +213,7 @@ class PlainDETR(nn.Module):
         padded, mask = is_padded(mask), mask.to(images.device, non_blocking=True)
         features = self.neck(self.pyramid(self.backbone(images)))
         y, x, cell = cell_coordinates(mask, features.shape[-2:], self.neck.stride)
-        padding = ((y > 1)[:, :, None] | (x > 1)[:, None, :]).flatten(1)
+        padding = (beyond(y)[:, :, None] | beyond(x)[:, None, :]).flatten(1)
         memory = self.memory_norm(features.flatten(2).transpose(1, 2))
         memory_pos = grid_embedding(y[:, :, None].expand(-1, -1, x.shape[1]), x[:, None].expand(-1, y.shape[1], -1), memory.shape[-1])
         memory_pos, bias = memory_pos.to(memory.dtype), padding_bias(padding) if padded else None
@@ -200,9 +227,13 @@ class PlainDETR(nn.Module):
             boxes = boxes.detach()  # each layer answers for its own refinement only
             query_pos = self.query_pos(sine_embedding(boxes[..., [1, 0, 3, 2]], memory.shape[-1] // 2).flatten(2))
             queries = layer(queries, query_pos, placed, memory, bias)
-            boxes = shift_boxes(boxes, box_head(queries).float())
-            outputs.append({"pred_logits": class_head(queries).float(), "pred_boxes": boxes})
+            boxes = shift_boxes(boxes, in_float32(box_head, queries))
+            outputs.append({"pred_logits": in_float32(class_head, queries), "pred_boxes": boxes})
         return {**outputs[-1], "aux_outputs": outputs[:-1], "dense": dense}
+
+    def class_layers(self):
+        """What of the state dict has a row for each class, see checkpoint.copy_classes."""
+        return {"dense_class": ONE_ROW_EACH, "class_heads": ONE_ROW_EACH}
 
     def dense_predictions(self, memory, y, x, cell, padding):
         """Class logits (B, N, K) and a box (B, N, 4) from every pixel of the memory (B, N, C); the padding scores nothing.
@@ -210,15 +241,14 @@ class PlainDETR(nn.Module):
         Boxes start as anchors of a fixed number of cells, not of a share of the picture: how large an object is can be seen
         where it is, how large the picture is can not.
         """
-        logits = self.dense_class(memory).float().masked_fill(padding[..., None], -1e4)
+        logits = in_float32(self.dense_class, memory).masked_fill(padding[..., None], -1e4)
         centre = torch.stack([x[:, None].expand(-1, y.shape[1], -1), y[:, :, None].expand(-1, -1, x.shape[1])], dim=-1).flatten(1, 2)
         anchors = torch.cat([centre, (ANCHOR_CELLS * cell)[:, None].expand_as(centre)], dim=-1)
-        boxes = shift_boxes(anchors, self.dense_box(memory).float())
+        boxes = shift_boxes(anchors, in_float32(self.dense_box, memory))
         return {"pred_logits": logits, "pred_boxes": boxes}
 
 
-def build_detr(config):
-    backbone = backbone_of(config)
+def build_detr(backbone, config):
     sizes = (config[key] for key in ("num_classes", "num_queries", "hidden_dim", "num_heads", "ffn_dim"))
     layers = config["decoder_layers"]
     model = DETR(backbone, *sizes, encoder_layers=layers, decoder_layers=layers, dropout=config["dropout"], pyramid=config.get("pyramid") or "own")
@@ -226,8 +256,7 @@ def build_detr(config):
     return model, SetCriterion(matcher, class_loss="softmax", no_object_weight=0.1), PostProcess("softmax")
 
 
-def build_plain_detr(config):
-    backbone = backbone_of(config)
+def build_plain_detr(backbone, config):
     sizes = (config[key] for key in ("num_classes", "num_queries", "hidden_dim", "num_heads", "ffn_dim"))
     model = PlainDETR(backbone, *sizes, decoder_layers=config["decoder_layers"], dropout=config["dropout"], pyramid=config.get("pyramid") or "own")
     matcher = HungarianMatcher(class_cost=2, bbox_cost=5, giou_cost=2)

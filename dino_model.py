@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from backbones import backbone_of, build_pyramid
+from backbones import build_pyramid
 from deformable import ProjectedDeformableAttention
 from denoising import make_denoising, split_queries
 from detr_loss import HungarianMatcher, PostProcess, SetCriterion
-from layers import Attention, Mlp, sine_embedding, small_tensor, unpadded_size
+from layers import ONE_ROW_EACH, Attention, Mlp, in_float32, sine_embedding, small_tensor, unpadded_size
 
 POINTS = 4  # on each level
 TEMPERATURE = 20  # of the cells' position embedding
@@ -102,11 +102,11 @@ class DINO(nn.Module):
             memory = layer(memory, pos, centres, *around)
 
         tokens, anchors = self.proposals(memory, centres, sides, padding)
-        scores = self.enc_class_head(tokens)
+        scores = in_float32(self.enc_class_head, tokens)
         best = scores.detach().amax(-1).masked_fill(padding, -torch.inf).topk(min(self.num_queries, scores.shape[1]), dim=1).indices[..., None]
         pick = lambda x: x.gather(1, best.expand(-1, -1, x.shape[-1]))
-        boxes = (self.enc_box_head(pick(tokens)).float() + pick(anchors)).sigmoid()
-        enc = {"pred_logits": pick(scores).float(), "pred_boxes": boxes}
+        boxes = (in_float32(self.enc_box_head, pick(tokens)) + pick(anchors)).sigmoid()
+        enc = {"pred_logits": pick(scores), "pred_boxes": boxes}
         boxes, x = boxes.detach(), self.content.weight[: best.shape[1]].expand(images.shape[0], -1, -1)
 
         copies, bias = 0, None
@@ -122,9 +122,9 @@ class DINO(nn.Module):
             query_pos = self.query_pos(sine_embedding(boxes[..., [1, 0, 3, 2]], x.shape[-1] // 2).flatten(2).to(x.dtype))
             x = layer(x, query_pos, boxes, memory, *around, bias)
             normed = self.norm(x)
-            shift = box_head(normed).float()
+            shift = in_float32(box_head, normed)
             # Look forward twice: a layer's loss also reaches the shift of the layer before it, but no further.
-            outputs.append({"pred_logits": class_head(normed).float(), "pred_boxes": (shift + logit(before)).sigmoid()})
+            outputs.append({"pred_logits": in_float32(class_head, normed), "pred_boxes": (shift + logit(before)).sigmoid()})
             before = (shift + logit(boxes)).sigmoid()
             boxes = before.detach()
         if not self.training:
@@ -134,6 +134,10 @@ class DINO(nn.Module):
         if noisy:
             found["denoising"] = {**of_copies[-1], "aux_outputs": of_copies[:-1], "matches": noisy.matches}
         return found
+
+    def class_layers(self):
+        """What of the state dict has a row for each class, see checkpoint.copy_classes."""
+        return dict.fromkeys(("enc_class_head", "class_heads", "denoising_class_embed"), ONE_ROW_EACH)
 
     def proposals(self, memory, centres, sides, padding):
         """memory (B, N, C), centres (B, N, 2), sides (N,) of the anchors -> tokens (B, N, C) and anchors (B, N, 4), logits of cxcywh.
@@ -165,10 +169,10 @@ def cells(mask, sizes, strides):
     return share, centres, torch.cat(sides), (centres >= 1).any(-1)
 
 
-def build_dino(config):
+def build_dino(backbone, config):
     sizes = (config[key] for key in ("num_classes", "num_queries", "hidden_dim", "num_heads", "ffn_dim"))
     model = DINO(
-        backbone_of(config), *sizes, encoder_layers=config["encoder_layers"], decoder_layers=config["decoder_layers"], dropout=config["dropout"],
+        backbone, *sizes, encoder_layers=config["encoder_layers"], decoder_layers=config["decoder_layers"], dropout=config["dropout"],
         scales=config["scales"], copies=config["copies"], pyramid=config["pyramid"] or "simple",
     )  # fmt: skip
     matcher = HungarianMatcher(class_cost=2, bbox_cost=5, giou_cost=2)

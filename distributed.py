@@ -19,18 +19,18 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
+from devices import choose_device
 from errors import UserError
 
 
 def start():
     """-> rank, number of processes, device. All but the first print nothing but errors."""
     world, rank, local = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
-    cuda = torch.cuda.is_available()
-    device = torch.device(f"cuda:{local}" if cuda and world > 1 else "cuda" if cuda else "mps" if torch.backends.mps.is_available() and world == 1 else "cpu")
+    device = choose_device(local if world > 1 else None)
     if world > 1 and not dist.is_initialized():
-        if cuda:
+        if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
         if rank:
             sys.stdout = open(os.devnull, "w")
     return rank, world, device
@@ -44,10 +44,10 @@ def is_first():
     return not several() or dist.get_rank() == 0
 
 
-def share(count):
-    """Which of so many things this process sees to. All get equally many, for they have to meet at every batch: some things come twice."""
+def share(things):
+    """-> those of a list that this process sees to. All get equally many, for they have to meet at every batch: some come twice."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if several() else (0, 1)
-    return [i % count for i in range(rank, -(-count // world) * world, world)]
+    return [things[i % len(things)] for i in range(rank, -(-len(things) // world) * world, world)]
 
 
 def mean_of(value, device):
@@ -106,6 +106,26 @@ def shard(backbone, device):
     for block in max((m for m in backbone.modules() if isinstance(m, nn.ModuleList)), key=len):
         fully_shard(block, mesh=mesh)
     fully_shard(backbone, mesh=mesh)
+
+
+def synchronize_norms(model, device):
+    """model -> the same with batch norms that take their statistics from all processes' images. PyTorch has these on GPUs alone;
+    elsewhere each process keeps to its own images, and that is printed."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    if not several() or not norms:
+        return model
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    print(f"{len(norms)} batch norms: each process takes the statistics of its own images; they are synchronised on GPUs alone")
+    return model
+
+
+def agree_on_buffers(*models):
+    """All processes take the first one's buffers, as batch norms' running statistics."""
+    if several():
+        for model in models:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
 
 
 def replicate(model):
@@ -173,8 +193,8 @@ def lost_process(save, folder):
 @contextmanager
 def first_goes_first():
     """The first process runs the body before the others do, so that what it makes is there for them."""
-    if several() and dist.get_rank():
+    if not is_first():
         dist.barrier()
     yield
-    if several() and not dist.get_rank():
+    if several() and is_first():
         dist.barrier()

@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from backbones import backbone_of, build_pyramid
+from backbones import build_pyramid
 from deformable import DeformableAttention
 from denoising import make_denoising, split_queries
 from detr_loss import HungarianMatcher, PostProcess
 from ecdet_loss import RefinementCriterion
 from ecvit import ConvNorm
 from errors import UserError
-from layers import Mlp, small_tensor, unpadded_size
+from layers import ONE_ROW_EACH, Mlp, in_float32, small_tensor, unpadded_size
 from refinement import REG_MAX, corners_to_boxes, shift_boxes
 
 HEADS, POINTS = 8, (3, 6, 3)  # sampling points on each level
@@ -218,7 +218,7 @@ class LocationQuality(nn.Module):
 
     def forward(self, scores, corners):
         top = corners.unflatten(-1, (4, REG_MAX + 1)).softmax(-1).topk(TOP_BINS, dim=-1).values
-        return scores + self.reg_conf(torch.cat([top, top.mean(-1, keepdim=True)], dim=-1).flatten(-2))
+        return scores + in_float32(self.reg_conf, torch.cat([top, top.mean(-1, keepdim=True)], dim=-1).flatten(-2))
 
 
 class RefinementLayers(nn.Module):
@@ -270,13 +270,13 @@ class Decoder(nn.Module):
         share = memory.new_ones(memory.shape[0], 2, dtype=torch.float32) if share is None else share
         anchors, valid, padding = make_anchors([level.shape[-2:] for level in levels], share)
         memory = memory * valid.to(memory.dtype)
-        scores = self.enc_score_head(memory)
+        scores = in_float32(self.enc_score_head, memory)
         best = scores.detach().amax(-1).masked_fill(padding, -torch.inf).topk(min(self.num_queries, scores.shape[1]), dim=1).indices[..., None]
         pick = lambda x: x.gather(1, best.expand(-1, -1, x.shape[-1]))
         tokens = pick(memory)
-        boxes = (self.enc_bbox_head(tokens).float() + pick(anchors)).sigmoid()
+        boxes = (in_float32(self.enc_bbox_head, tokens) + pick(anchors)).sigmoid()
         share = share.repeat(1, 2)[:, None]
-        enc = {"pred_logits": pick(scores).float(), "pred_boxes": boxes / share}
+        enc = {"pred_logits": pick(scores), "pred_boxes": boxes / share}
 
         x, boxes, copies, bias = tokens.detach(), boxes.detach(), 0, None
         noisy = make_denoising(targets, scores.shape[-1], x.shape[1], self.copies) if self.training and targets else None
@@ -292,12 +292,12 @@ class Decoder(nn.Module):
         corners, before, outputs, last = 0, 0, [], len(self.decoder.layers) - 1
         for i, layer in enumerate(self.decoder.layers):
             x = layer(x, pos, boxes, levels, bias)
-            scores = self.dec_score_head[i](x).float() if self.training or i == last else None
+            scores = in_float32(self.dec_score_head[i], x) if self.training or i == last else None
             if i == 0:
-                boxes = (self.pre_bbox_head(x).float() + boxes.clamp(1e-5, 1 - 1e-5).logit()).sigmoid()
+                boxes = (in_float32(self.pre_bbox_head, x) + boxes.clamp(1e-5, 1 - 1e-5).logit()).sigmoid()
                 pre = {"pred_logits": scores, "pred_boxes": boxes / share}
                 initial = boxes.detach()
-            corners = self.dec_bbox_head[i](x + before).float() + corners
+            corners = in_float32(self.dec_bbox_head[i], x + before) + corners
             boxes = (corners_to_boxes if self.distributions else shift_boxes)(initial, corners)
             if scores is not None:
                 outputs.append({"pred_logits": scores, "pred_boxes": boxes / share})
@@ -361,6 +361,11 @@ class ECDet(nn.Module):
         share = unpadded_size(mask.to(images.device, non_blocking=True)) / small_tensor([w, h], images.device)
         return self.decoder(self.encoder(features), share, targets)
 
+    def class_layers(self):
+        """What of the state dict has a row for each class, see checkpoint.copy_classes."""
+        names = ("enc_score_head", "dec_score_head", "denoising_class_embed")
+        return {f"decoder.{name}": ONE_ROW_EACH for name in names}
+
 
 # the backbone of the released files, width, encoder FFN, CSP depth and expansion, decoder FFN and layers; nano is ours: it learns
 # more in its minutes from fewer noisy copies and without distributions, see docs/choices.md
@@ -373,11 +378,10 @@ SIZES = {
 }
 
 
-def build_ecdet(config):
+def build_ecdet(backbone, config):
     sizes = dict(SIZES[config["size"]])
     sizes.pop("backbone")
     if config["decoder_layers"]:
         sizes["layers"] = config["decoder_layers"]
-    backbone = backbone_of(config)
     model = ECDet(backbone, num_classes=config["num_classes"], num_queries=config["num_queries"], pyramid=config.get("pyramid"), **sizes)
     return model, RefinementCriterion(HungarianMatcher(class_cost=2, bbox_cost=5, giou_cost=2)), PostProcess("quality")

@@ -25,15 +25,17 @@ from torch.utils.data import DataLoader
 
 import plots
 from checkpoint import load_detector
-from datasets import DetectionDataset, collate, proportions_of, read_image, start_worker
+from datasets import DetectionDataset, collate, evaluation_batches, read_image, start_worker
+from devices import PRECISIONS, autocast, choose_device, choose_precision
 from distributed import from_first, gathered, is_first
 from errors import UserError, run
-from layouts import load_splits
+from layouts import LAYOUTS, load_splits
 from mistakes import confusion, find_cases, worst
 from transforms import eval_transforms
 from weights import Offline
 
 NAMES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_1", "AR_10", "AR_100", "AR_small", "AR_medium", "AR_large")  # fmt: skip
+COCO_LIMIT = 100  # detections of a class in an image that COCO's AP counts
 MANY = 20_000  # detections, from which on several processes pay
 
 
@@ -58,7 +60,8 @@ def measure(split, found):
     """-> COCO's twelve figures, -1 where there is nothing to measure, as in pycocotools, and AP by class under "class/NAME"; and for each
     class that has objects {name: (AP50, precision at 101 recalls)}. found: {index of the record: detections, xyxy pixels}.
 
-    Each class is measured on its own, in as many processes as there are cores where there is much to do.
+    COCO counts the 100 best detections of a class in an image. Where an image has more objects of one, there is "AP_all" as well,
+    the AP of all detections. Each class is measured on its own, in as many processes as there are cores where there is much to do.
     """
     objects = defaultdict(list)
     for annotation in annotations_of(split):
@@ -66,12 +69,16 @@ def measure(split, found):
     rows = result_rows(found)
     if not len(rows) or not objects:
         return dict.fromkeys(NAMES, -1.0 if len(rows) else 0.0), {}
+    limits = [1, 10, COCO_LIMIT]
+    if most_of_a_class(split) > COCO_LIMIT:
+        limits.append(max(COCO_LIMIT + 1, *(len(d["scores"]) for d in found.values())))
     labels = sorted(objects, key=lambda label: -len(objects[label]))  # the longest first
     rows_of = lambda label: rows[slice(*np.searchsorted(rows[:, 6], (label, label + 1)))]
-    parts = in_processes(class_curves, [(objects[label], rows_of(label)) for label in labels], len(rows))
+    parts = in_processes(class_curves, [(objects[label], rows_of(label), limits) for label in labels], len(rows))
 
     whole = COCOeval(iouType="bbox")
     p = whole.params
+    p.maxDets = limits
     shape = len(p.iouThrs), len(p.recThrs), len(split.classes), len(p.areaRng), len(p.maxDets)
     whole.eval = {"precision": np.full(shape, -1.0), "recall": np.full(shape[:1] + shape[2:], -1.0)}
     for label, (precision, recall) in zip(labels, parts):
@@ -79,12 +86,37 @@ def measure(split, found):
     with contextlib.redirect_stdout(io.StringIO()):
         whole.summarize()
     figures, curves = dict(zip(NAMES, whole.stats.tolist())), {}
+    if len(limits) > 3:
+        figures["AP_all"] = average_precision(whole.eval["precision"][:, :, :, 0, 3])
     for i, name in enumerate(split.classes):
-        precision = whole.eval["precision"][:, :, i, 0, -1]
-        figures[f"class/{name}"] = float(precision[precision > -1].mean()) if (precision > -1).any() else -1.0
+        precision = whole.eval["precision"][:, :, i, 0, 2]
+        figures[f"class/{name}"] = average_precision(precision)
         if (precision > -1).any():
             curves[name] = float(precision[0].mean()), precision[0].tolist()
     return figures, curves
+
+
+def average_precision(precision):
+    """Precision at all thresholds and recalls, -1 where there are no objects -> its mean, -1 where there are none at all."""
+    measured = precision > -1
+    return float(precision[measured].mean()) if measured.any() else -1.0
+
+
+def most_of_a_class(split):
+    """The most objects of one class in an image."""
+    counts = (np.bincount(r.labels[~r.ignored]).max() for r in split.records if not r.ignored.all())
+    return int(max(counts, default=0))
+
+
+def crowding(split):
+    """A line that says that COCO's AP can't count all objects of a Split, or None."""
+    most = most_of_a_class(split)
+    if most > COCO_LIMIT:
+        return (
+            f"an image has {most} objects of one class, COCO's AP counts the {COCO_LIMIT} best detections of a class in an image: "
+            "AP_all, which counts all, is given too"
+        )
+    return None
 
 
 def result_rows(found):
@@ -98,23 +130,26 @@ def result_rows(found):
 
 
 def class_curves(task):
-    """(a class's annotations, its rows) -> precision (IoUs, recalls, areas, limits) and recall (IoUs, areas, limits) of pycocotools."""
-    annotations, rows = task
+    """(a class's annotations, its rows, how many detections count) -> precision (IoUs, recalls, areas, limits) and recall (IoUs, areas, limits) of pycocotools."""
+    annotations, rows, limits = task
     images = sorted({*(a["image_id"] for a in annotations), *rows[:, 0].astype(int).tolist()})
     with contextlib.redirect_stdout(io.StringIO()), no_collection():
         truth, nothing = (coco_of(images, {annotations[0]["category_id"]: ""}, those) for those in (annotations, []))
         evaluation = COCOeval(truth, truth.loadRes(rows) if len(rows) else nothing, "bbox")
+        evaluation.params.maxDets = limits
         evaluation.evaluate()
         evaluation.accumulate()
     return evaluation.eval["precision"][:, :, 0], evaluation.eval["recall"][:, 0]
 
 
 def in_processes(function, tasks, detections):
-    """[function(task)]; forked processes share the tasks where there are so many detections that it pays."""
+    """[function(task)]; several processes share the tasks where there are so many detections that it pays. They are forked, or
+    where a GPU is in use, whose threads a fork can't take along, started anew."""
     count = min(len(os.sched_getaffinity(0)), len(tasks)) if sys.platform == "linux" and detections > MANY else 1
     if count > 1:
+        context = multiprocessing.get_context("spawn" if torch.cuda.is_initialized() else "fork")
         try:
-            with ProcessPoolExecutor(count, multiprocessing.get_context("fork"), start_worker) as pool:
+            with ProcessPoolExecutor(count, context, start_worker) as pool:
                 return list(pool.map(function, tasks))
         except BrokenProcessPool:  # one was killed, for want of memory perhaps
             pass
@@ -171,29 +206,45 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="best.pth or last.pth of a run")
     parser.add_argument("--data", metavar="DIR", help="a data set (default: that of the run)")
+    parser.add_argument("--layout", choices=LAYOUTS, help="of --data (default: by looking)")
     parser.add_argument("--val-split", metavar="NAME", help="its part to evaluate on")
+    parser.add_argument("--skip-bad-images", action="store_true", help="leave out pictures that can't be read")
     parser.add_argument("--allow-outside", action="store_true", help="files of the data may lie outside of DIR, through links or absolute paths")
     parser.add_argument("--image-size", type=int, metavar="S", help="shortest side (default: that of the run)")
     parser.add_argument("--pictures", metavar="DIR", help="also draws precision over recall, which class was taken for which, and the worst mistakes")
     parser.add_argument("--batch-size", type=int, default=8, metavar="B")
+    parser.add_argument("--precision", default="auto", choices=["auto", *PRECISIONS], help="default: float32 on CPUs, bfloat16 or float16 on GPUs that are fast at it")
     parser.add_argument("--offline", action=Offline)
     arguments = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if arguments.layout and not arguments.data:
+        raise UserError(f"--layout {arguments.layout}: is for --data; the run's own data is read as it was for training")
+    device = choose_device()
+    precision = choose_precision(arguments.precision, device, training=False)
     model, postprocess, content = load_detector(arguments.checkpoint, device)
     config = content["config"]
+    of_run = {} if arguments.data else config  # how a run's data is read says nothing about other data
     data = arguments.data or config.get("data")
     if data is None:
         raise UserError(f"{arguments.checkpoint} does not say what data it was trained with; give --data DIR")
     _, split = load_splits(
-        data, config.get("train_split"), arguments.val_split or config.get("val_split"), layout=None if arguments.data else config.get("layout"),
-        val_fraction=config.get("val_fraction", 0.2), allow_outside=arguments.allow_outside or (not arguments.data and config.get("allow_outside", False)),
+        data, config.get("train_split"), arguments.val_split or config.get("val_split"),
+        arguments.skip_bad_images or of_run.get("skip_bad_images", False), arguments.layout or of_run.get("layout"),
+        config.get("val_fraction"), arguments.allow_outside or of_run.get("allow_outside", False), only_val=True,
     )  # fmt: skip
+    if arguments.val_split and split.layout == "json":
+        raise UserError(f"--val-split {arguments.val_split}: {data} is a single COCO file; it is split as it was for training")
     if split.classes != content["classes"]:
         raise UserError(f"the data's classes {split.classes[:5]} are not the checkpoint's {content['classes'][:5]}")
-    data = DetectionDataset(split, eval_transforms(arguments.image_size or config["image_size"], config.get("square", False)))
-    order = proportions_of(split).argsort(stable=True).tolist()  # like beside like: less padding
-    loader = DataLoader(data, batch_size=arguments.batch_size, sampler=order, collate_fn=partial(collate, divisor=model.backbone.size_divisor))
-    figures, curves, found = evaluate(model, postprocess, loader, split, device)
+    form = arguments.image_size or config["image_size"], config.get("square", False), config["exact_sides"]
+    divisor = model.backbone.size_divisor
+    loader = DataLoader(
+        DetectionDataset(split, eval_transforms(*form)), collate_fn=partial(collate, divisor=divisor),
+        batch_sampler=evaluation_batches(split, arguments.batch_size, divisor, *form),
+    )  # fmt: skip
+    with autocast(precision, device):
+        figures, curves, found = evaluate(model, postprocess, loader, split, device)
+    if crowding(split):
+        print(crowding(split))
     for name, value in figures.items():
         print(f"{name:24s} {value:.3f}" if value >= 0 else f"{name:24s} -")
     if arguments.pictures:

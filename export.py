@@ -101,7 +101,7 @@ def main():
     parser.add_argument("--out", metavar="FILE", help="default: the checkpoint's name with another ending")
     parser.add_argument("--offline", action=Offline)
     arguments = parser.parse_args()
-    model, postprocess, content = load_detector(arguments.checkpoint)
+    model, postprocess, content = load_detector(arguments.checkpoint, memory_format=torch.contiguous_format)
     if not hasattr(postprocess, "best"):
         raise UserError(f"{arguments.checkpoint}: a detector of kind {content['config']['detector']} is not exported; its non-maximum suppression is no part of a graph")
     ending, write = FORMATS[arguments.format]

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from datasets import read_image
 from detector import load
+from devices import PRECISIONS
 from errors import UserError, run
 from layouts import IMAGE_SUFFIXES
 from plots import draw_boxes
@@ -60,6 +61,7 @@ def main():
     parser.add_argument("--threshold", type=float, default=0.4, metavar="T", help="lowest score that is shown (default 0.4)")
     parser.add_argument("--image-size", type=int, metavar="S", help="shortest side, or both (default: that of the training)")
     parser.add_argument("--tile", type=int, nargs="?", const=0, metavar="S", help="cut pictures larger than S pixels into overlapping tiles of S (default S: the image size)")
+    parser.add_argument("--precision", default="auto", choices=["auto", *PRECISIONS], help="default: float32 on CPUs, bfloat16 or float16 on GPUs that are fast at it")
     parser.add_argument("--out", default="detections", metavar="DIR", help="default: detections")
     parser.add_argument("--offline", action=Offline)
     arguments = parser.parse_args()
@@ -68,7 +70,7 @@ def main():
 
     paths = find_pictures(arguments.pictures)
     checkpoint = arguments.checkpoint or newest_checkpoint()
-    detector = load(checkpoint, image_size=arguments.image_size, threshold=arguments.threshold, tile=arguments.tile)
+    detector = load(checkpoint, image_size=arguments.image_size, threshold=arguments.threshold, tile=arguments.tile, precision=arguments.precision)
     out = Path(arguments.out)
     try:
         out.mkdir(parents=True, exist_ok=True)

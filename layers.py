@@ -7,6 +7,9 @@ import torch.nn.functional as F
 from torch import nn
 
 
+ONE_ROW_EACH = 1, 0  # of a layer with a row for each class, see checkpoint.copy_classes
+
+
 class Mlp(nn.Module):
     """`layers` linear layers with an activation between them."""
 
@@ -20,6 +23,14 @@ class Mlp(nn.Module):
         for layer in self.layers[:-1]:
             x = self.activation(layer(x))
         return self.layers[-1](x)
+
+
+def in_float32(module, x):
+    """module(x), in float32 also under autocast: eight bits of bfloat16 are too few for a box or to rank scores."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return module(x)
+    with torch.autocast(x.device.type, enabled=False):
+        return module(x.float())
 
 
 def sine_embedding(positions, dim, temperature=10000):

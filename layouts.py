@@ -5,6 +5,7 @@ file that is split here. A `Split` holds plain records, whichever door they came
 """
 
 import json
+import math
 import os
 import threading
 import xml.etree.ElementTree as ElementTree
@@ -28,7 +29,8 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".g
 @dataclass
 class Record:
     """One labelled picture. boxes (T, 4) xyxy pixels of the upright picture; labels (T,) in 0..K-1; ignored (T,) marks
-    crowds and `difficult` objects, which train nothing and are neither hits nor misses in evaluation."""
+    crowds and `difficult` objects: in training they are background like all that has no box, as in DETR; in evaluation they
+    are neither hits nor misses."""
 
     image_id: int | str
     path: Path
@@ -39,6 +41,7 @@ class Record:
     areas: np.ndarray
     ignored: np.ndarray
     upright: bool = True  # False: the boxes were drawn on the stored pixels, before any EXIF rotation
+    relative: bool = False  # boxes and areas are still shares of the picture's, which has not been opened yet
 
 
 @dataclass
@@ -50,6 +53,7 @@ class Split:
     category_ids: list[int]
     records: list[Record]
     remarks: list[str] = field(default_factory=list)
+    layout: str = ""  # see LAYOUTS
     umbrella: int | None = None  # a class that may stand for all the others, see leave_out_umbrella
 
     @property
@@ -57,13 +61,15 @@ class Split:
         return max((int((~r.ignored).sum()) for r in self.records), default=0)
 
 
-def load_splits(root, train=None, val=None, skip_bad_images=False, layout=None, val_fraction=0.2, allow_outside=False):
+def load_splits(
+    root, train=None, val=None, skip_bad_images=False, layout=None, val_fraction=None, allow_outside=False, only_val=False
+):
     """A data set's folder -> (training Split, validation Split), read and checked whole.
 
     `train` and `val` name the parts where the folder has several: a file of ImageSets/Main for Pascal VOC, a word in the
     JSON's or the folder's name otherwise. layout: see LAYOUTS, None to look. val_fraction: of a single file's pictures, drawn with
-    a fixed seed. allow_outside: files may lie outside of the folder, through links, `..` or absolute paths. Prints the layout.
-    Raises UserError.
+    a fixed seed (default 0.2). allow_outside: files may lie outside of the folder, through links, `..` or absolute paths.
+    only_val: no picture of the training part is opened, only its classes are known. Prints the layout. Raises UserError.
     """
     root = Path(root)
     home = None if allow_outside else root
@@ -72,15 +78,17 @@ def load_splits(root, train=None, val=None, skip_bad_images=False, layout=None, 
     guessed = layout is None
     layout = layout or recognise(root)
     if layout == "json":
-        splits = read_single(root, home, val_fraction)
+        splits = read_single(root, home, 0.2 if val_fraction is None else val_fraction)
     else:
         splits = LAYOUTS[layout][2](root, home, train, val)
     for split in splits:
+        split.layout = layout
+    for split in splits[1:] if only_val else splits:
         if not split.records:
             raise UserError(f"{root}: the part '{split.name}' has no pictures")
         require_inside(home, [record.path for record in split.records])
         check(split, skip_bad_images)
-    if not any(len(r.boxes) for r in splits[0].records):
+    if not only_val and not any(len(r.boxes) for r in splits[0].records):
         raise UserError(f"{root}: the training part '{splits[0].name}' has {len(splits[0].records)} pictures and no box")
     print(f"{root}: {layout} layout{' (--layout overrules)' if guessed else ''}")
     return splits
@@ -380,11 +388,6 @@ def yolo_record(file, classes, path):
             parents[i] = "labels"
             break
     labels = Path(*parents).with_suffix(".txt")
-    try:
-        with open_image(file) as image:  # shares become pixels of the upright picture
-            size = upright_size(image)
-    except Exception:  # what is wrong with it, `check` says
-        return make_record(file.stem, file, (0, 0), [])
     rows = []
     for number, line in enumerate(read_text(labels).split("\n") if labels.exists() else [], 1):
         if not line.strip():
@@ -400,9 +403,11 @@ def yolo_record(file, classes, path):
             box = cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2
         else:
             box = min(values[::2]), min(values[1::2]), max(values[::2]), max(values[1::2])
-        x1, y1, x2, y2 = (share * side for share, side in zip(box, size * 2))
+        x1, y1, x2, y2 = box
         rows.append((x1, y1, x2, y2, int(label), (x2 - x1) * (y2 - y1), False))
-    return make_record(file.stem, file, size, rows)
+    record = make_record(file.stem, file, (0, 0), rows)
+    record.relative = True
+    return record
 
 
 def upright_size(image):
@@ -447,6 +452,9 @@ def check(split, skip_bad_images=False):
         elif declared not in (upright, (0, 0)):
             found["pictures are not of the size that their annotation says; the file's size counts"] += 1
         record.width, record.height = upright
+        if record.relative:
+            record.boxes, record.areas = record.boxes * (upright * 2), record.areas * math.prod(upright)
+            record.relative = False
         mend_boxes(record, found)
     split.records = [r for r, p in zip(split.records, probes) if not isinstance(p, str)]
     times = Counter(record.image_id for record in split.records)

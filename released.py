@@ -61,7 +61,7 @@ def released_checkpoint(state, source):
     num_classes = len(state[SCORES])
     config = {
         "detector": "ecdet", "size": size, "backbone": SIZES[size]["backbone"], "backbone_weights": None, "num_classes": num_classes,
-        "num_queries": 300, "decoder_layers": SIZES[size]["layers"], "image_size": 640, "square": True,
+        "num_queries": 300, "decoder_layers": SIZES[size]["layers"], "image_size": 640, "square": True, "exact_sides": True,
     }  # fmt: skip
     own = build_model(config)[0].state_dict()
     constants = {key for key in own | state if CONSTANTS.fullmatch(key)}

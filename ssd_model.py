@@ -7,7 +7,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.ssd import SSD, SSDHead
 from torchvision.ops import box_convert, box_iou
 
-from backbones import backbone_of, build_pyramid
+from backbones import build_pyramid
 from layers import unpadded_size
 
 STRIDES = (8, 16, 32, 64, 128)
@@ -32,9 +32,9 @@ class SSDDetector(nn.Module):
         self.head = SSDHead(list(self.pyramid.channels), self.boxes.num_anchors_per_location(), 1 + num_classes)
 
     def forward(self, images, mask, targets=None):
-        features = self.pyramid(self.backbone(images))
-        found = {key: value.float() for key, value in self.head(features).items()}
-        features = [feature.float() for feature in features]
+        features = [feature.float() for feature in self.pyramid(self.backbone(images))]
+        with torch.autocast(images.device.type, enabled=False):
+            found = self.head(features)
         anchors = self.boxes(ImageList(images, [tuple(images.shape[-2:])]), features)[0]
         pixels = unpadded_size(mask.to(images.device, non_blocking=True))
         boxes = self.box_coder.decode_single(found["bbox_regression"].flatten(0, 1), anchors.repeat(len(images), 1)).view_as(found["bbox_regression"])
@@ -42,10 +42,20 @@ class SSDDetector(nn.Module):
         found["pred_boxes"] = box_convert(boxes, "xyxy", "cxcywh") / pixels.repeat(1, 2)[:, None]
         return found | {"anchors": anchors, "pixels": pixels, "aux_outputs": []}
 
+    def class_layers(self):
+        """What of the state dict has a row for each class, see checkpoint.copy_classes: for each default box of a cell the
+        background's, then the classes'."""
+        per_level = self.boxes.num_anchors_per_location()
+        return {f"head.classification_head.module_list.{i}": (boxes, 1) for i, boxes in enumerate(per_level)}
 
-def parts_of_ssd(classes):
-    """torchvision's SSD for its matching, losses, box coding and suppression alone. classes: with the background."""
-    return SSD(nn.Identity(), DefaultBoxGenerator([[2]]), (1, 1), classes, head=nn.Identity(), score_thresh=0.01, detections_per_img=300)
+
+def parts_of_ssd(classes, most=0):
+    """torchvision's SSD for its matching, losses, box coding and suppression alone. classes: with the background; most: objects
+    that have to find a place among the detections."""
+    return SSD(
+        nn.Identity(), DefaultBoxGenerator([[2]]), (1, 1), classes, head=nn.Identity(), score_thresh=0.01,
+        detections_per_img=max(300, most), topk_candidates=max(400, most),
+    )  # fmt: skip
 
 
 class SSDCriterion(nn.Module):
@@ -66,9 +76,9 @@ class SSDCriterion(nn.Module):
 
 
 class SSDPostProcess(nn.Module):
-    def __init__(self, num_classes):
+    def __init__(self, num_classes, most=0):
         super().__init__()
-        self.ssd = parts_of_ssd(1 + num_classes)
+        self.ssd = parts_of_ssd(1 + num_classes, most)
 
     @torch.no_grad()
     def forward(self, outputs, sizes):
@@ -79,7 +89,7 @@ class SSDPostProcess(nn.Module):
         return [{"scores": d["scores"], "labels": d["labels"] - 1, "boxes": d["boxes"] * scale} for d, scale in zip(found, scales)]
 
 
-def build_ssd(config):
+def build_ssd(backbone, config):
     num_classes = config["num_classes"]
-    model = SSDDetector(backbone_of(config), num_classes, config["hidden_dim"], config["pyramid"] or "simple")
-    return model, SSDCriterion(num_classes), SSDPostProcess(num_classes)
+    model = SSDDetector(backbone, num_classes, config["hidden_dim"], config["pyramid"] or "simple")
+    return model, SSDCriterion(num_classes), SSDPostProcess(num_classes, config["num_queries"])

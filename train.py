@@ -19,13 +19,14 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import time
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what Apple's GPUs can't do yet then runs on the CPU
 import torch
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
@@ -36,11 +37,12 @@ import distributed
 import plots
 from backbones import parameter_depths
 from checkpoint import read_checkpoint, save_checkpoint, start_from, write_whole
-from datasets import DetectionDataset, EndlessBatches, collate, proportions_of, start_worker
+from datasets import DetectionDataset, EndlessBatches, collate, evaluation_batches, proportions_of, start_worker
 from demo_data import make_demo
 from detr_model import build_model
+from devices import autocast
 from errors import UserError, run
-from evaluate import draw_report, evaluate
+from evaluate import crowding, draw_report, evaluate
 from layouts import load_splits
 from muon import Muon
 from settings import DEFAULTS, parse_arguments, settle
@@ -67,8 +69,7 @@ def main():
         train, val = prepare_data(saved["config"] if saved else given)
     initial = read_checkpoint(given["init"]) if given.get("init") else None
     s = distributed.from_first(DEFAULTS | saved["config"] if saved else settle(given, train, initial and initial["config"]))
-    if s["batch_size"] % world:
-        raise UserError(f"a batch of {s['batch_size']} can't be shared by {world} processes; choose another --batch-size")
+    pieces = pieces_of_a_batch(s, world)
     if s["shard"] and world == 1 and not saved:
         raise UserError("--shard spreads the backbone over several processes; start them with torchrun --nproc-per-node N train.py")
     shard = s["shard"] and world > 1
@@ -77,22 +78,23 @@ def main():
 
     # Model
     torch.manual_seed(s["seed"])
-    without_weights = {**s, "backbone_weights": None}
-    model, criterion, postprocess = build_model(without_weights if saved else s)
+    model, criterion, postprocess = build_model(s, load_weights=not saved)
     if initial:
         start_from(model, initial, train.classes, given["init"])
     if s["checkpoint_activations"]:
         model.backbone.checkpoint_activations()
-    average = None  # running average of the weights: what is evaluated and kept
+    average = None  # EMA of the weights: what is evaluated and kept
     if s["ema"]:
-        average = build_model(without_weights)[0].requires_grad_(False)
+        average = build_model(s, load_weights=False)[0].requires_grad_(False)
         average.load_state_dict(model.state_dict())
+    model = distributed.synchronize_norms(model, device)
     for part in (model, average) if s["ema"] else (model,):
         if shard:  # which takes no other memory format
             distributed.shard(part.backbone, device)
         part.to(device, memory_format=torch.contiguous_format if shard else torch.channels_last)
     detector = model if average is None else average
     optimizers = build_optimizers(model, s)
+    scaler = torch.amp.GradScaler(device.type, enabled=s["precision"] == "float16")
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{s['detector']} on {s['backbone']} (weights: {s['init'] or s['backbone_weights']}), {millions:.1f} M parameters, {device.type}, {s['precision']}")
 
@@ -109,13 +111,15 @@ def main():
         state = saved["training"]
         step, spent, best, sums, counted = (state[key] for key in ("step", "spent", "best", "sums", "counted"))
         best_epoch, lr_scale = state.get("best_epoch", 0), state.get("lr_scale", 1.0)
+        if scaler.is_enabled() and state.get("scaler"):
+            scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["rng"])
         if device.type == "cuda" and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"])
     if rank:
         torch.manual_seed(s["seed"] + 1000 * rank + step)
     else:
-        lock = open_folder(folder, s, step)  # noqa: F841 - held until the process ends, however it ends
+        lock = open_folder(folder, s, step, resumed=bool(saved))  # noqa: F841 - held until the process ends, however it ends
     board = open_board(folder) if s["tensorboard"] and not rank else None
     trained = model if world == 1 else distributed.replicate(model)
 
@@ -129,7 +133,7 @@ def main():
         save("last.pth", training={
             "step": step, "spent": spent, "best": best, "best_epoch": best_epoch, "sums": sums, "counted": counted, "lr_scale": lr_scale,
             "model": distributed.whole(model.state_dict()), "optimizers": [distributed.whole(o.state_dict()) for o in optimizers],
-            "rng": torch.get_rng_state(), "cuda_rng": cuda_rng,
+            "scaler": scaler.state_dict(), "rng": torch.get_rng_state(), "cuda_rng": cuda_rng,
         })  # fmt: skip
 
     # The budget decides when training ends, what the learning rate is, and how pictures are augmented.
@@ -145,15 +149,18 @@ def main():
     cache_bytes = 2**30 // max(1, s["workers"])  # each worker keeps its own
     augmentation = train_transforms(s["image_size"], s["augment"], s["color_jitter"], s["rotate"], s["square"])
     train_set = DetectionDataset(train, augmentation, cache_bytes, detail_needed(s["image_size"], s["augment"]))
-    val_set = DetectionDataset(val, eval_transforms(s["image_size"], s["square"]), cache_bytes)
+    form = s["image_size"], s["square"], s["exact_sides"]
+    val_set = DetectionDataset(val, eval_transforms(*form), cache_bytes)
     proportions = None if s["square"] else proportions_of(train)
-    batches = EndlessBatches(len(train_set), s["batch_size"], s["seed"], phase, step * s["accumulate"], (rank, world), proportions)
+    batches = EndlessBatches(
+        len(train_set), s["batch_size"], s["seed"], phase, step * s["accumulate"], (rank, world), proportions, s["mosaic_chance"], pieces
+    )  # fmt: skip
     gc.freeze()  # a later collection would touch, and so copy, what the workers share with this process
     atexit.register(gc.unfreeze)  # or some libraries take the end for a leak
     # A loader draws a number when it starts; with a generator of its own it leaves the training's alone.
     stream = while_readable(DataLoader(train_set, batch_sampler=batches, generator=torch.Generator(), **workers), None if shard else save_last, folder)
-    val_order = proportions_of(val).argsort(stable=True)[distributed.share(len(val_set))].tolist()  # like beside like: less padding
-    val_loader = DataLoader(val_set, batch_size=max(1, s["batch_size"] // world), sampler=val_order, generator=torch.Generator(), **workers)
+    val_batches = evaluation_batches(val, max(1, s["batch_size"] // world // pieces), model.backbone.size_divisor, *form)
+    val_loader = DataLoader(val_set, batch_sampler=distributed.share(val_batches), generator=torch.Generator(), **workers)
 
     # Training
     stop = []  # filled by Ctrl-C: the step under way is finished first
@@ -166,6 +173,8 @@ def main():
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, ask_to_stop)
     last_evaluation, evaluation_seconds, best_found = time.time(), 0.0, None
+    last_saved, begun, warm = time.time(), step, spent  # warm: seconds when the first steps, which are slower, were over
+    accumulate = s["accumulate"] * pieces
     stopped = patience_over = rolled_back = False
     skipped, skipped_before, bad = 0, 0, []  # steps without a finite gradient: how many, by the last epoch's end, and the pictures of those in a row
     statistics = [value for name, value in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
@@ -175,27 +184,29 @@ def main():
         while used(step) < 1 and not stopped and not patience_over:
             started = time.time()
             model.train()
-            train_backbone = step // steps_per_epoch >= s["freeze_backbone"]
+            train_backbone = s["freeze_backbone"] != "all" and step // steps_per_epoch >= s["freeze_backbone"]
             model.backbone.requires_grad_(train_backbone).train(train_backbone)
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = group["peak_lr"] * lr_scale * learning_rate_factor(used(step), s)
             if statistics:
                 torch._foreach_copy_(sound, statistics)
             shown, found_losses = [], []
-            for part in range(s["accumulate"]):
-                trained.require_backward_grad_sync = part == s["accumulate"] - 1  # several processes: gradients are sent with the last
+            for part in range(accumulate):
+                trained.require_backward_grad_sync = part == accumulate - 1  # several processes: gradients are sent with the last
                 images, mask, targets = next(stream)
                 if step == 0 and part == 0 and not rank:
                     plots.draw_batch(images, mask, targets, train.classes).save(folder / "train_batch.png")
                 shown += [str(train.records[t["image_id"]].path) for t in targets]
                 images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
                 targets = [{key: t[key].to(device, non_blocking=True) for key in ("labels", "boxes")} for t in targets]
-                with autocast(s, device):
+                with autocast(s["precision"], device):
                     outputs = trained(images, mask, targets)
                 losses = criterion(outputs, targets)
                 loss = sum(losses.values())
-                (loss / s["accumulate"]).backward()
+                scaler.scale(loss / accumulate).backward()
                 found_losses.append({name: value.detach() for name, value in losses.items()})
+            for optimizer in optimizers:
+                scaler.unscale_(optimizer)
             norm = distributed.clip_gradients(list(model.parameters()), s["clip"] or math.inf)
             if torch.isfinite(norm):
                 for optimizer in optimizers:
@@ -205,6 +216,8 @@ def main():
                 for losses in found_losses:
                     sums = {name: sums.get(name, 0.0) + value for name, value in losses.items()}
                 counted, bad = counted + len(found_losses), []
+            elif answers_overflow(scaler, found_losses):
+                pass  # the scaler halves its factor: float16 is meant to run into its range now and then
             else:  # the weights stay as they were, and what batch norms have seen
                 if statistics:
                     torch._foreach_copy_(statistics, sound)
@@ -216,15 +229,25 @@ def main():
                     restore(distributed.from_first(None if rank else read_checkpoint(folder / "last.pth")))
                     rolled_back, lr_scale, bad = True, lr_scale / 2, []
                     tqdm.write(f"three in a row: back to the weights of {folder / 'last.pth'}, with half the learning rate from now on")
+            scaler.update()
             model.zero_grad()
             step += 1
-            spent, stopped = distributed.most_of([spent + time.time() - started, float(bool(stop))], device)
+            save_due = not bad and time.time() - last_saved >= s["save_every"]
+            spent, stopped, save_due = distributed.most_of([spent + time.time() - started, float(bool(stop)), float(save_due)], device)
+            if step == begun + 2:
+                warm = spent
+            if step == begun + 10 and used(step) < 1:
+                for line in cost(spent, (spent - warm) / 8, total_steps - step, s, None if saved else given, world):
+                    tqdm.write(line)
             if not bar.disable and step % 5 == 0:
                 left = spent / used(step) - spent
                 bar.n = min(100, 100 * used(step))
                 bar.set_description_str(f"epoch {math.ceil(step / steps_per_epoch)}")
                 bar.set_postfix_str(f"loss {float(loss):.2f}  {step / spent * 60:.0f} steps/min  {left // 60:.0f}:{left % 60:02.0f} left")
             if step % steps_per_epoch and used(step) < 1:
+                if save_due:
+                    save_last()
+                    last_saved = time.time()
                 continue
 
             # End of an epoch, or of the budget
@@ -240,7 +263,8 @@ def main():
             if over or (distributed.from_first(due) and not stopped):
                 started = time.time()
                 stop_early = lambda: not over and distributed.most_of([float(bool(stop))], device)[0]
-                with autocast(s, device):
+                distributed.agree_on_buffers(detector)
+                with autocast(s["precision"], device):
                     figures, curves, found = evaluate(detector, postprocess, val_loader, val, device, stop_early)
                 stopped = stopped or figures is None
             if figures is not None:
@@ -262,18 +286,28 @@ def main():
                 last_evaluation, evaluation_seconds = time.time(), time.time() - started
             measured = f"AP {row['AP']:.3f}  AP50 {row['AP50']:.3f}" if "AP" in row else "AP -"
             tqdm.write(f"epoch {epoch:3d}  {spent / 60:5.1f} min  loss {sum(row['losses'].values()):7.3f}  {measured}")
-            save_last()
+            if save_due or over:
+                save_last()
+                last_saved = time.time()
             rolled_back, skipped_before = rolled_back and skipped > skipped_before, skipped
             if s["keep_every"] and epoch % s["keep_every"] == 0:
                 save(f"epoch{epoch:04d}.pth")
 
     bar.close()
+    if patience_over or used(step) < 1:
+        save_last()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # all is saved: there is nothing left to stop
     if patience_over:
         print(f"no better AP in {s['patience']} epochs; ended after step {step}")
     elif used(step) < 1:
-        save_last()
         print(f"stopped after step {step}; go on with: python train.py --resume {folder}")
         sys.exit(130)
+    if best_found is None and distributed.from_first((folder / "best.pth").exists()):  # the best epoch was before a --resume
+        distributed.load(detector, [], distributed.from_first(None if rank else read_checkpoint(folder / "best.pth")))
+        with autocast(s["precision"], device):
+            _, curves, found = evaluate(detector, postprocess, val_loader, val, device)
+        best_found = found, curves
     if best_found is not None and not rank:
         draw_report(val, *best_found, folder)
     print(f"best AP {best:.3f} after {spent / 60:.1f} minutes of training; curves and pictures are in {folder}. To detect:")
@@ -287,20 +321,22 @@ def prepare_data(s):
         print("drawing the demo into data/demo")
         make_demo(data)
     splits = load_splits(
-        data, s.get("train_split"), s.get("val_split"), s.get("skip_bad_images", False), s.get("layout"), s.get("val_fraction", 0.2), s.get("allow_outside", False)
+        data, s.get("train_split"), s.get("val_split"), s.get("skip_bad_images", False), s.get("layout"), s.get("val_fraction"), s.get("allow_outside", False)
     )  # fmt: skip
     for split in splits:
         boxes = sum(int((~record.ignored).sum()) for record in split.records)
         print(f"{split.name}: {len(split.records):,} pictures, {boxes:,} boxes, {len(split.classes)} classes")
         for remark in split.remarks:
             print(f"  {split.name}: {remark}")
+    if crowding(splits[1]):
+        print(f"  {splits[1].name}: {crowding(splits[1])}")
     return splits
 
 
-def open_folder(folder, s, step):
+def open_folder(folder, s, step, resumed):
     """Makes a new run's folder, or cuts a resumed run's log back to the step that was saved -> the lock that keeps others out."""
     log = folder / "log.jsonl"
-    if step == 0 and (folder / "last.pth").exists():
+    if not resumed and (folder / "last.pth").exists():
         raise UserError(f"{folder} already holds a run; go on with --resume {folder}, or choose another --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -308,7 +344,7 @@ def open_folder(folder, s, step):
         if fcntl:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         write_whole(folder / "config.json", json.dumps(s, indent=1).encode())
-        write_whole(log, "".join(line for line in read_rows(log) if step and json.loads(line)["step"] <= step).encode())
+        write_whole(log, "".join(line for line in read_rows(log) if resumed and json.loads(line)["step"] <= step).encode())
     except BlockingIOError:
         raise UserError(f"{folder}: another process is training in it; wait for it, or choose another --out") from None
     except OSError as error:
@@ -353,9 +389,55 @@ def log_scalars(board, row):
     board.flush()
 
 
-def autocast(s, device):
-    """bfloat16 where it is safe, if the run uses it."""
-    return torch.autocast(device.type, torch.bfloat16) if s["precision"] == "bfloat16" else nullcontext()
+def pieces_of_a_batch(s, world):
+    """In how many pieces each process takes its part of a batch, so that device_batch images at most are on a device at a time.
+    Raises UserError."""
+    part, rest = divmod(s["batch_size"], world)
+    if rest:
+        raise UserError(f"a batch of {s['batch_size']} can't be shared by {world} processes; choose another --batch-size")
+    fewest = math.ceil(part / (s["device_batch"] or part))
+    return next(pieces for pieces in range(fewest, part + 1) if part % pieces == 0)
+
+
+def answers_overflow(scaler, found_losses):
+    """Whether gradients that are not finite are float16's alone: the losses are finite, and the scaler can still give way."""
+    sound = all(bool(value.isfinite()) for losses in found_losses for value in losses.values())
+    return scaler.is_enabled() and sound and scaler.get_scale() > 1
+
+
+def cost(spent, seconds, steps, s, given, world):
+    """What the whole run will take, in lines to print. spent: seconds so far; seconds of a step; steps that are left, at most;
+    given: the command line's settings, None for a resumed run."""
+    whole = spent + seconds * steps
+    if s["minutes"]:
+        whole = min(whole, 60 * s["minutes"])
+    minutes = math.ceil(whole / 60)
+    long = f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
+    lines = [f"the training will take about {long} on this machine, {seconds:.2g} s a step; evaluation adds up to a tenth"]
+    if whole <= 3600 or given is None:
+        return lines
+    start = "python train.py" if world == 1 else f"torchrun --nproc-per-node {world} train.py"
+    kept = {key: value for key, value in given.items() if key not in ("epochs", "steps", "minutes", "out")} | {"minutes": 20}
+    lines.append("what twenty minutes can give, stopped with Ctrl-C and started as:")
+    if s["image_size"] > 224:
+        smaller = max(224, s["image_size"] // 2 // 32 * 32)
+        lines.append(f"  {start} {as_options(kept | {'image_size': smaller})}")
+    if s["backbone"] != "ecvit-nano" and not s["init"]:
+        of_the_backbone = ("backbone", "backbone_weights", "size", "layers", "patch_size", "patch_resize", "image_size")
+        rest = {key: value for key, value in kept.items() if key not in of_the_backbone}
+        lines.append(f"  {start} {as_options(rest | {'backbone': 'ecvit-nano'})}")
+    if len(lines) == 2:
+        lines.append(f"  {start} {as_options(kept)}")
+    return lines
+
+
+def as_options(given):
+    """Settings of the command line -> as one writes them there."""
+    words = []
+    for key, value in given.items():
+        option = key.replace("_", "-")
+        words += [f"--no-{option}" if value is False else f"--{option}"] + [str(value)] * (not isinstance(value, bool))
+    return shlex.join(words)
 
 
 def build_optimizers(model, s):
@@ -376,7 +458,7 @@ def build_optimizers(model, s):
         if muon:
             lr, decay = MUON_LR * lr, MUON_DECAY
         else:
-            decay = s["weight_decay"] if parameter.ndim > 1 else 0.0
+            decay = s["weight_decay"] if parameter.ndim > 1 or s["decay_all"] else 0.0
         groups.setdefault((muon, lr, decay, sharded), []).append(parameter)
     groups = [(muon, {"params": parameters, "lr": lr, "peak_lr": lr, "weight_decay": decay}) for (muon, lr, decay, _), parameters in groups.items()]
     optimizers = [torch.optim.AdamW([group for muon, group in groups if not muon], fused=True)]
@@ -410,25 +492,32 @@ def learning_rate_factor(progress, s):
 
 @torch.no_grad()
 def update_average(average, model, step, horizon):
-    """Averages over about the last twelfth of the run so far, so that no budget needs a decay of its own; where a horizon is
-    given, over that many steps, reached within a tenth of it.
+    """EMA whose window grows to a twelfth of the steps so far, so that it fits any budget, or to `horizon` steps at most.
 
     Batch statistics are averaged as well: those of the last few batches are too noisy to evaluate with.
     """
-    weight = min(1.0, 12 / (step + 12)) if horizon is None else 1 - (1 - 1 / horizon) * (1 - math.exp(-10 * step / horizon))
+    weight = max(min(1.0, 12 / (step + 12)), 1 / horizon if horizon else 0.0)
     ours, theirs = ([distributed.local(value) for value in m.state_dict().values()] for m in (average, model))
     real = [i for i, value in enumerate(ours) if value.is_floating_point()]
     torch._foreach_lerp_([ours[i] for i in real], [theirs[i] for i in real], weight)
 
 
 def while_readable(loader, save, folder):
-    """Its batches; where one can't be had any more, saves what was learnt (save may be None). Raises UserError."""
+    """Its batches. Where the next can't be had, saves what was learnt (save may be None); raises UserError where an image or
+    a worker is gone, and anything else, a fault of the code, as it came."""
     try:
         yield from loader
-    except (UserError, OSError, RuntimeError) as error:  # a worker's error comes with its traceback
+    except Exception as error:  # a worker's comes with its traceback as its message
         if save is not None:
             save()
+        lost = isinstance(error, RuntimeError) and re.search("DataLoader worker .*(exited|killed)", str(error))
+        if not lost and not isinstance(error, (UserError, OSError)):
+            raise
         cause = str(error).strip().splitlines()[-1].removeprefix("errors.UserError: ")
+        if lost:
+            cause = f"a process that prepares pictures was killed, for want of memory perhaps ({str(error).splitlines()[0][:200]})"
+        if not (folder / "last.pth").exists():
+            raise UserError(f"{cause}; nothing was saved yet") from None
         raise UserError(f"{cause}; what was learnt is saved, go on with --resume {folder}") from None
 
 

@@ -4,6 +4,8 @@ They take a uint8 RGB tensor (3, H, W) and a target whose `boxes` are a `tv_tens
 and give a normalised float tensor and a target with `boxes` cxcywh in [0, 1]; see datasets.py for the other entries.
 """
 
+import math
+
 import torch
 from torchvision import tv_tensors
 from torchvision.ops import box_convert
@@ -12,8 +14,32 @@ from torchvision.transforms.v2 import functional as TF
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which every backbone here was trained with
 SCALE, SHIFT = 1 / (255 * torch.tensor(STD)), -torch.tensor(MEAN) / torch.tensor(STD)
+MEAN_FILL = {tv_tensors.Image: tuple(round(255 * m) for m in MEAN), "others": 0}  # around a turned or shrunken image
+BILINEAR = v2.InterpolationMode.BILINEAR
 PER_BOX = ("labels", "area", "iscrowd")  # of a target, besides its boxes
 SHORT_SIDE, LONG_SIDE = 800, 1333  # what a size setting of 800 means; others scale everything in proportion
+
+
+def resized_sides(height, width, side, longest=math.inf, exact=True):
+    """(height, width) of an image whose shortest side becomes `side`, or less where its longest would be over `longest`;
+    a pixel at least. exact=False truncates both, as earlier versions did: 480 could then become 479."""
+    scale = min(side / min(height, width), longest / max(height, width))
+    return tuple(max(1, round(n * scale) if exact else int(n * scale)) for n in (height, width))
+
+
+class ResizeShortest(v2.Transform):
+    """Resizes the shortest side to one of `sides`, drawn anew for each image; see resized_sides."""
+
+    def __init__(self, sides, longest=math.inf, exact=True):
+        super().__init__()
+        self.sides, self.longest, self.exact = list(sides), longest, exact
+
+    def make_params(self, flat_inputs):
+        side = self.sides[draw_integer(0, len(self.sides) - 1)]
+        return dict(size=resized_sides(*v2.query_size(flat_inputs), side, self.longest, self.exact))
+
+    def transform(self, inpt, params):
+        return self._call_kernel(TF.resize, inpt, size=list(params["size"]), antialias=True)
 
 
 class RandomSizeCrop(v2.Transform):
@@ -55,24 +81,18 @@ def draw_integer(low, high):
     return int(torch.randint(low, high + 1, ()))
 
 
-def per_box_entries(inputs):
-    """What of (image, target) has an entry for each box."""
-    return [inputs[1][key] for key in PER_BOX]
-
-
 class ToDetector(v2.Transform):
-    """Last step: scaled and normalised pixels; boxes that are still inside, as cxcywh in [0, 1]."""
-
-    def __init__(self):
-        super().__init__()
-        self.sanitize = v2.SanitizeBoundingBoxes(min_size=1, labels_getter=per_box_entries)
+    """Last step: scaled and normalised pixels; boxes of which a pixel or more is inside, as cxcywh in [0, 1]."""
 
     def forward(self, image, target):
-        image, target = self.sanitize(image, target)
+        # Resizing takes a box at the border to 640.00006 of 640 pixels: nothing is dropped for being outside, only clamped.
+        boxes = torch.as_tensor(TF.clamp_bounding_boxes(target["boxes"]))
+        keep = (boxes[:, 2:] - boxes[:, :2] >= 0.99).all(1)  # a pixel, less what rounding takes
+        target = target | {key: target[key][keep] for key in PER_BOX}
         image = normalized(image)
         h, w = image.shape[-2:]
-        boxes = box_convert(torch.as_tensor(target["boxes"]), "xyxy", "cxcywh") / torch.tensor([w, h, w, h])
-        return image, {**target, "boxes": boxes, "size": torch.tensor([h, w])}
+        boxes = box_convert(boxes[keep], "xyxy", "cxcywh") / torch.tensor([w, h, w, h])
+        return image, target | {"boxes": boxes, "size": torch.tensor([h, w])}
 
 
 def normalized(image):
@@ -87,21 +107,21 @@ def normalized(image):
 class PickOne:
     """(image, target, draw, is_mosaic) -> (image, target), by the transform that draw in [0, 1) picks, or by `plain` where it is None.
 
-    A mosaic goes through its own transforms: it is a window already.
+    A mosaic goes through its own transforms: it has been cut and scaled already.
     """
 
     def __init__(self, plain, transforms=(), for_mosaics=()):
         self.plain, self.transforms, self.for_mosaics = plain, transforms, for_mosaics
 
-    def __call__(self, image, target, draw, is_mosaic=False):
+    def __call__(self, image, target, draw=None, is_mosaic=False):
         transforms = self.for_mosaics if is_mosaic else self.transforms
         transform = transforms[int(draw * len(transforms))] if transforms and draw is not None else self.plain
         return transform(image, target)
 
 
 def mosaic(samples):
-    """Four (image, target), uint8 and xyxy pixels -> one: a window, half to all of the sides, of the four set in a square, each
-    resized to the first. The picture's id and size stay the first's."""
+    """Four (image, target), uint8 and xyxy pixels -> one: set in a square, each resized to the first, and then turned by up to 10
+    degrees, shifted by up to 0.1 and scaled by 0.5 to 1.5, as for ECDet. The image's id and size stay the first's."""
     h, w = samples[0][0].shape[-2:]
     pixels, boxes = [], []
     for (image, target), (x, y) in zip(samples, ((0, 0), (w, 0), (0, h), (w, h))):
@@ -113,7 +133,7 @@ def mosaic(samples):
     target = {**samples[0][1], "boxes": tv_tensors.BoundingBoxes(torch.cat(boxes), format="XYXY", canvas_size=(2 * h, 2 * w))}
     for key in PER_BOX:
         target[key] = torch.cat([t[key] for _, t in samples])
-    return RandomZoom(0.5)(image, target)
+    return v2.RandomAffine(10, translate=(0.1, 0.1), scale=(0.5, 1.5), interpolation=BILINEAR, fill=MEAN_FILL)(image, target)
 
 
 def mix_up(samples, share):
@@ -138,29 +158,40 @@ def train_transforms(size=SHORT_SIDE, kind="zoom", color_jitter=0.0, rotate=0.0,
     smaller or a window cut out (SSD's, arXiv 1512.02325); then a side that `draw` picks from the multiples of 32 in 0.75..1.25
     of `size`. Where `draw` is None: a flip, the whole picture, at `size`. square: pictures lose their proportions.
     """
-    scaled = lambda n: max(16, round(n * size / SHORT_SIDE))
-    longest = scaled(LONG_SIDE)
-    before = [v2.RandomRotation(rotate)] if rotate else []
+
+    def scaled(n):
+        return max(16, round(n * size / SHORT_SIDE))
+
+    longest = longest_side(size)
+    before = [v2.RandomRotation(rotate, interpolation=BILINEAR, fill=MEAN_FILL)] if rotate else []
     before.append(v2.RandomHorizontalFlip())
     after = [ToDetector()]
     if color_jitter:
         after.insert(0, v2.ColorJitter(color_jitter, color_jitter, color_jitter, min(color_jitter / 4, 0.5)))
+    plain = v2.Compose([*before, resize_to([size], longest, square), *after])
     if kind == "meta":
-        resize = v2.RandomShortestSize([scaled(n) for n in range(480, 801, 32)], longest, antialias=True)
-        zoom = v2.RandomShortestSize([scaled(n) for n in (400, 500, 600)], antialias=True)
+        resize = resize_to([scaled(n) for n in range(480, 801, 32)], longest, square)
+        zoom = ResizeShortest([scaled(n) for n in (400, 500, 600)])
         window = v2.Compose([zoom, RandomSizeCrop(scaled(384), scaled(600)), resize])
-        return PickOne(v2.Compose([*before, v2.RandomChoice([resize, window]), *after]))
-    plain = v2.Compose([*before, resize_to(size, longest, square), *after])
+        return PickOne(
+            plain,
+            [v2.Compose([*before, v2.RandomChoice([resize, window]), *after])],
+            [v2.Compose([*before, resize, *after])],
+        )
     if kind == "strong":
-        fill = tuple(round(255 * m) for m in MEAN)
-        smaller = v2.RandomZoomOut(fill={tv_tensors.Image: fill, "others": 0}, side_range=(1.0, 4.0))
+        smaller = v2.RandomZoomOut(fill=MEAN_FILL, side_range=(1.0, 4.0))
         before.append(v2.RandomPhotometricDistort(p=0.5))
-        window = [smaller, v2.RandomApply([v2.RandomIoUCrop()], p=0.8), v2.SanitizeBoundingBoxes(labels_getter=per_box_entries)]
+        window = [smaller, v2.RandomApply([v2.RandomIoUCrop()], p=0.8)]  # ToDetector drops the boxes that it marks
         sides = range(-(-size * 3 // 4 // 32) * 32, size * 5 // 4 + 1, 32)
     else:
         window = [v2.RandomApply([RandomZoom(0.5)], p=0.5)]
         sides = sorted({min(n, size) for n in range(32, size + 32, 32) if n >= scaled(480)})
-    varied = lambda window: [v2.Compose([*before, *window, resize_to(side, longest * side // size, square), *after]) for side in sides]
+
+    def varied(window):
+        return [
+            v2.Compose([*before, *window, resize_to([side], longest * side // size, square), *after]) for side in sides
+        ]
+
     return PickOne(plain, varied(window), varied([]))
 
 
@@ -169,11 +200,18 @@ def detail_needed(size, kind):
     return {"meta": 1, "zoom": 2, "strong": 4}[kind] * size
 
 
-def resize_to(side, longest, square):
-    """The shortest side becomes `side`, the longest at most `longest`; or both become `side`."""
-    return v2.Resize([side, side], antialias=True) if square else v2.RandomShortestSize([side], longest, antialias=True)
+def resize_to(sides, longest, square, exact=True):
+    """The shortest side becomes one of `sides`, drawn anew for each image, the longest at most `longest`; or both become it."""
+    if not square:
+        return ResizeShortest(sides, longest, exact)
+    return v2.RandomChoice([v2.Resize([side, side], antialias=True) for side in sides])
 
 
-def eval_transforms(size=SHORT_SIDE, square=False):
-    """The shortest side `size`, the longest 1333/800 of it at most; or both `size`."""
-    return PickOne(v2.Compose([resize_to(size, round(size * LONG_SIDE / SHORT_SIDE), square), ToDetector()]))
+def eval_transforms(size=SHORT_SIDE, square=False, exact=True):
+    """The shortest side `size`, the longest 1333/800 of it at most; or both `size`. exact: see resized_sides."""
+    return PickOne(v2.Compose([resize_to([size], longest_side(size), square, exact), ToDetector()]))
+
+
+def longest_side(size):
+    """What the longest side is at most where the shortest is `size`."""
+    return round(size * LONG_SIDE / SHORT_SIDE)

@@ -33,7 +33,7 @@ from transforms import train_transforms
 # Crashes
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere loaders look after their workers themselves")
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl, by which they end at once, is Linux's; elsewhere PyTorch's workers ask now and then")
 def test_helpers_end_with_the_process_that_they_help():
     helper = "start_worker(), print(os.getpid(), flush=True), time.sleep(60)"
     code = f"import multiprocessing, os, time; from datasets import start_worker; multiprocessing.get_context('fork').Process(target=lambda: ({helper})).start()"

@@ -22,7 +22,7 @@ from timing import seconds_of
 
 
 def expected_maps(spec, size):
-    """-> strides, [(height, width)] of the maps of a square picture, padded to the coarsest grid."""
+    """-> the sides of the maps of a square picture, finest first, once it is padded to the coarsest grid."""
     divisor = max(spec.strides)
     padded = -(-size // divisor) * divisor
     return [padded // stride for stride in spec.strides]

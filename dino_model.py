@@ -160,13 +160,15 @@ def cells(mask, sizes, strides):
     anchors; padding (B, N), where centres lie beyond it."""
     extents = small_tensor([[w * stride, h * stride] for (h, w), stride in zip(sizes, strides)], mask.device)
     share = unpadded_size(mask)[:, None] / extents
-    centres, sides = [], []
+    centres, sides, first = [], [], []
     for level, (h, w) in enumerate(sizes):
         y, x = torch.meshgrid(*((torch.arange(n, device=mask.device) + 0.5) / n for n in (h, w)), indexing="ij")
         centres.append(torch.stack([x, y], dim=-1).flatten(0, 1) / share[:, level, None])
+        first.append(torch.stack([x < 1 / w, y < 1 / h], dim=-1).flatten(0, 1))
         sides.append(torch.full((h * w,), 0.05 * 2**level, device=mask.device))
     centres = torch.cat(centres, dim=1)
-    return share, centres, torch.cat(sides), (centres >= 1).any(-1)
+    padding = ((centres >= 1) & ~torch.cat(first)).any(-1)  # an image may be thinner than half a cell
+    return share, centres, torch.cat(sides), padding
 
 
 def build_dino(backbone, config):

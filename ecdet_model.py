@@ -326,14 +326,15 @@ def make_anchors(sizes, share):
 
     Those too near the border are invalid but may be selected, as in the original; padding is not.
     """
-    anchors = []
+    anchors, first = [], []
     for level, (h, w) in enumerate(sizes):
         y, x = torch.meshgrid(*((torch.arange(n, device=share.device) + 0.5) / n for n in (h, w)), indexing="ij")
         side = torch.full_like(x, 0.05 * 2**level)
         anchors.append(torch.stack([x, y, side, side], dim=-1).flatten(0, 1))
-    anchors = torch.cat(anchors)[None]
+        first.append(torch.stack([x < 1 / w, y < 1 / h], dim=-1).flatten(0, 1))
+    anchors, first = torch.cat(anchors)[None], torch.cat(first)
     valid = ((anchors > 0.01) & (anchors < 0.99)).all(-1, keepdim=True)
-    padding = (anchors[..., :2] >= share[:, None]).any(-1)
+    padding = ((anchors[..., :2] >= share[:, None]) & ~first).any(-1)  # an image may be thinner than half a cell
     valid = valid & ~padding[..., None]
     return anchors.logit().masked_fill(~valid, torch.inf), valid, padding
 

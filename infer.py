@@ -78,13 +78,14 @@ def main():
         raise UserError(f"{out}: can't be made ({error.strerror}); choose another --out") from None
     print(f"{checkpoint}: {len(detector.classes)} classes; {len(paths)} files; {detector.device.type}")
 
-    results, failed, seconds, done, names = [], [], 0.0, 0, Counter()
+    failed, seconds, done, names = [], 0.0, 0, Counter()
+    results = JsonList(out / "detections.json")
     for path in paths:
         names[path.stem] += 1
         name = path.stem if names[path.stem] == 1 else f"{path.stem}-{names[path.stem]}"
         if is_video(path):
             try:
-                results += video_rows(path, out / f"{name}.mp4", detector)
+                detect_in_frames(path, out / f"{name}.mp4", detector, results)
             except UserError as error:
                 failed.append(str(error))
             continue
@@ -99,11 +100,11 @@ def main():
         done += 1
         counts = Counter(found["names"])
         print(f"  {path.name:30s} {', '.join(f'{n} {kind}' for kind, n in counts.most_common()) or 'nothing'}")
-        results += rows_of(found, detector, {"image_id": path.stem, "file_name": str(path)})
+        results.extend(rows_of(found, detector, {"image_id": path.stem, "file_name": str(path)}))
         draw_boxes(image, found["boxes"], found["labels"], detector.classes, found["scores"]).save(out / f"{name}.jpg", quality=92)
-    (out / "detections.json").write_text(json.dumps(results, indent=1))
+    results.close()
     speed = f", {done / max(seconds, 1e-9):.1f} pictures/s" if done else ""
-    print(f"{len(results)} detections in {done} pictures{speed}; written to {out}/")
+    print(f"{results.count} detections in {done} pictures{speed}; written to {out}/")
     if failed:
         raise UserError(f"{len(failed)} of {len(paths)} files can't be read: {'; '.join(failed[:10])}")
 
@@ -123,12 +124,40 @@ def rows_of(found, detector, where):
     ]  # fmt: skip
 
 
-def video_rows(path, out, detector):
-    """Writes a video with its boxes; prints how fast each part was -> rows as `rows_of`, by frame."""
-    frames, seconds, trouble = detect_in_video(str(path), detector, out)
-    speeds = ", ".join(f"{part} {len(frames) / max(passed, 1e-9):.1f}" for part, passed in seconds.items())
-    print(f"  {path.name:30s} {len(frames)} frames; frames/s: {speeds}, all {len(frames) / sum(seconds.values()):.1f}" + (f"; {trouble}" if trouble else ""))
-    return [row for frame in frames for row in rows_of(frame, detector, {"image_id": path.stem, "file_name": str(path), "frame": frame["frame"], "time": round(frame["time"], 4)})]
+def detect_in_frames(path, out, detector, results):
+    """Writes a video with its boxes, and rows as `rows_of`, by frame, into results; prints how fast each part was."""
+
+    def report(frame):
+        where = {"image_id": path.stem, "file_name": str(path), "frame": frame["frame"], "time": round(frame["time"], 4)}
+        results.extend(rows_of(frame, detector, where))
+
+    frames, seconds, trouble = detect_in_video(str(path), detector, out, report)
+    speeds = ", ".join(f"{part} {frames / max(passed, 1e-9):.1f}" for part, passed in seconds.items())
+    print(f"  {path.name:30s} {frames} frames; frames/s: {speeds}, all {frames / sum(seconds.values()):.1f}" + (f"; {trouble}" if trouble else ""))
+
+
+class JsonList:
+    """A file with a JSON list that is written row by row, under a temporary name until it is closed. Raises UserError."""
+
+    def __init__(self, path):
+        self.path, self.partial, self.count = path, path.with_name(path.name + ".partial"), 0
+        self.file = self.doing(lambda: open(self.partial, "w"))
+
+    def extend(self, rows):
+        for row in rows:
+            self.doing(lambda: self.file.write(("[\n" if self.count == 0 else ",\n") + json.dumps(row)))
+            self.count += 1
+
+    def close(self):
+        self.doing(lambda: self.file.write("\n]\n" if self.count else "[]\n"))
+        self.doing(self.file.close)
+        self.doing(lambda: self.partial.replace(self.path))
+
+    def doing(self, action):
+        try:
+            return action()
+        except OSError as error:
+            raise UserError(f"{self.path}: can't be written ({error.strerror or error})") from None
 
 
 if __name__ == "__main__":

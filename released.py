@@ -16,7 +16,7 @@ from detr_model import build_model
 from ecdet_model import SIZES
 from errors import UserError
 from refinement import REG_SCALE, UP
-from weights import complain, download, first_line
+from weights import complain, download, first_line, say_licence
 
 FILES = tuple(f"ecdet_{size}.pth" for size in ("s", "m", "l", "x"))
 SCORES = "decoder.enc_score_head.weight"
@@ -39,6 +39,7 @@ def fetch_released(name):
         if path.name in FILES and path.parent.is_dir():
             return download(ECVIT_RELEASE + path.name)
         if re.fullmatch(r"[\w.-]+/ECDet_\w+", str(name)):
+            say_licence(str(name))
             return Path(huggingface_hub.hf_hub_download(str(name), "model.safetensors"))
     except (urllib.error.URLError, OSError) as error:
         raise UserError(f"{name}: can't be downloaded ({first_line(error)}); download it elsewhere and give the path of the file") from None

@@ -98,8 +98,8 @@ ARCHITECTURE = (
 QUERIES_ARE_WEIGHTS = ("detr-2020", "dino")  # elsewhere they are selected, as many as one likes
 
 
-def parse_arguments(description):
-    """-> (settings given on the command line, run to resume or None)."""
+def build_parser(description):
+    """-> the command line of train.py. What isn't given isn't in its result."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
     data = parser.add_argument_group("data")
     data.add_argument("--data", metavar="DIR", help="a data set: COCO, Roboflow, Pascal VOC, YOLO (default: the demo, drawn into data/demo)")
@@ -159,7 +159,12 @@ def parse_arguments(description):
     out.add_argument("--tensorboard", action="store_true", help="also log for TensorBoard, into the run's folder")
     out.add_argument("--offline", action=Offline)
     out.add_argument("--resume", metavar="RUN", help="go on with this run, with its own settings")
-    given = vars(parser.parse_args())
+    return parser
+
+
+def parse_arguments(description):
+    """-> (settings given on the command line, run to resume or None). Raises UserError."""
+    given = vars(build_parser(description).parse_args())
     resume = given.pop("resume", None)
     if resume is not None and given:
         extra = ", ".join("--" + key.replace("_", "-") for key in given)

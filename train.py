@@ -119,7 +119,7 @@ def main():
     if rank:
         torch.manual_seed(s["seed"] + 1000 * rank + step)
     else:
-        lock = open_folder(folder, s, step, resumed=bool(saved))  # noqa: F841 - held until the process ends, however it ends
+        lock = open_folder(folder, s, step, resumed=bool(saved))  # noqa: F841 - held until this function ends, however it ends
     board = open_board(folder) if s["tensorboard"] and not rank else None
     trained = model if world == 1 else distributed.replicate(model)
 
@@ -333,6 +333,19 @@ def prepare_data(s):
     return splits
 
 
+class FolderLock:
+    """Keeps other processes out of a folder as long as it is there. Raises BlockingIOError where one is in it."""
+
+    def __init__(self, folder):
+        self.descriptor = fcntl and os.open(folder, os.O_RDONLY)
+        if fcntl:
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def __del__(self):
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+
+
 def open_folder(folder, s, step, resumed):
     """Makes a new run's folder, or cuts a resumed run's log back to the step that was saved -> the lock that keeps others out."""
     log = folder / "log.jsonl"
@@ -340,9 +353,7 @@ def open_folder(folder, s, step, resumed):
         raise UserError(f"{folder} already holds a run; go on with --resume {folder}, or choose another --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = fcntl and os.open(folder, os.O_RDONLY)
-        if fcntl:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock = FolderLock(folder)
         write_whole(folder / "config.json", json.dumps(s, indent=1).encode())
         write_whole(log, "".join(line for line in read_rows(log) if resumed and json.loads(line)["step"] <= step).encode())
     except BlockingIOError:

@@ -30,11 +30,12 @@ def open_video(source):
     return container
 
 
-def detect_in_video(source, detector, out):
+def detect_in_video(source, detector, out, report):
     """Detects in every frame of a file or camera and writes the frames with their boxes to `out`, an .mp4.
 
-    -> ([{"frame", "time" in seconds, and a Detector's "scores", "labels", "boxes", "names"}], {"decoding", "network", "drawing": seconds}, what
-    ended it too early or None). Ctrl-C ends it after the frame under way.
+    report is called with each frame's {"frame", "time" in seconds, and a Detector's "scores", "labels", "boxes", "names"}; none is kept,
+    so that a camera may run for days -> (number of frames, {"decoding", "network", "drawing": seconds}, what ended it too early or
+    None). Ctrl-C ends it after the frame under way.
     """
     import av
 
@@ -42,7 +43,7 @@ def detect_in_video(source, detector, out):
     stream = container.streams.video[0]
     stream.thread_type = "AUTO"
     rate = Fraction(stream.average_rate or 25).limit_denominator(1001)
-    rows, seconds, trouble, writer, track = [], dict.fromkeys(("decoding", "network", "drawing"), 0.0), None, None, None
+    count, seconds, trouble, writer, track = 0, dict.fromkeys(("decoding", "network", "drawing"), 0.0), None, None, None
     frames = container.decode(stream)
     try:
         while True:
@@ -64,19 +65,20 @@ def detect_in_video(source, detector, out):
                 track.width, track.height, track.pix_fmt = drawn.width, drawn.height, "yuv420p"
             for packet in track.encode(av.VideoFrame.from_image(drawn)):
                 writer.mux(packet)
-            rows.append({"frame": len(rows), "time": float(frame.time if frame.time is not None else len(rows) / rate)} | found)
+            report({"frame": count, "time": float(frame.time if frame.time is not None else count / rate)} | found)
+            count += 1
             for part, passed in zip(seconds, (decoded - started, detected - decoded, time.perf_counter() - detected)):
                 seconds[part] += passed
     except KeyboardInterrupt:
         trouble = "stopped"
     except av.error.FFmpegError as error:
-        trouble = f"broken after frame {len(rows)} ({error})"
+        trouble = f"broken after frame {count} ({error})"
     finally:
         container.close()
         if writer is not None:
             for packet in track.encode():
                 writer.mux(packet)
             writer.close()
-    if not rows:
+    if not count:
         raise UserError(f"{source}: no frame of it can be read" + (f"; {trouble}" if trouble else ""))
-    return rows, seconds, trouble
+    return count, seconds, trouble

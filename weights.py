@@ -83,6 +83,8 @@ def load_transformers(name, spec, weights):
             raise UserError(f"{source}: not the weights of {name} ({type(error).__name__}: {first_line(error)})") from None
         load = lambda: model_class.from_pretrained(None, config=config, state_dict=state, **strict)
     else:
+        if weights == "pretrained":
+            say_licence(source)
         check_architecture(source, config, name, weights)
         load = lambda: model_class.from_pretrained(source, config=config, **strict)
     try:
@@ -147,6 +149,22 @@ class Offline(argparse.Action):
         huggingface_hub.constants.HF_HUB_OFFLINE = True
 
 
+# Parts of addresses of weights that may not be used commercially, as of November 2026, and whose they are
+NOT_COMMERCIAL = {
+    "capsule2077/edgecrafter": "EdgeCrafter's", "Intellindust/ECDet": "EdgeCrafter's", "facebook/vit-mae": "MAE's", "facebook/VGGT": "VGGT's",
+}  # fmt: skip
+
+
+def say_licence(source):
+    """Prints a line where the weights of that address or repository forbid commercial use."""
+    owner = next((owner for part, owner in NOT_COMMERCIAL.items() if part in source), None)
+    if owner:
+        print(
+            f"{source}: {owner} licence forbids commercial use; free for it are --backbone dinov2-small (Apache-2.0) and "
+            "--backbone ecvit-nano, which starts from random weights"
+        )
+
+
 def download(url):
     """-> the path of a released file, downloaded once into torch's cache. Raises UserError."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
@@ -154,6 +172,7 @@ def download(url):
     if not path.exists():
         if huggingface_hub.constants.HF_HUB_OFFLINE:
             raise UserError(f"{url}: is not in the cache ({path}), and --offline forbids downloading it")
+        say_licence(url)
         print(f"downloading {url}")
         fetch(lambda: torch.hub.download_url_to_file(url, str(path)), url)
     return path
@@ -181,8 +200,7 @@ def fetch(load, source):
             "detector as --init or --checkpoint), or --backbone-weights none to train from scratch"
         ) from None
     except OSError as error:
-        text = str(error)
-        if "gated" in text.lower() or "401" in text or "403" in text:
+        if is_gated(error):
             raise UserError(
                 f"{source} is gated: accept its licence on https://huggingface.co/{source}, then run `hf auth login`; "
                 "or give a downloaded folder or Meta's .pth file as --backbone-weights"
@@ -193,6 +211,15 @@ def fetch(load, source):
             f"{source}: can't be reached ({first_line(error)}); check the network, or give a downloaded folder or file as "
             "--backbone-weights, or --backbone-weights none to train from scratch"
         ) from None
+
+
+def is_gated(error):
+    """Whether an error comes from a repository of the hub that one has to be let into."""
+    while error is not None:
+        if isinstance(error, huggingface_hub.errors.GatedRepoError) or "gated repo" in str(error).lower():
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def first_line(error):

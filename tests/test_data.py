@@ -262,6 +262,37 @@ def test_the_endless_stream_shows_every_picture_once_a_round_and_goes_on_anywher
     assert all(len({item[2] for item in batch}) == 1 for batch in batches)
 
 
+def test_what_is_drawn_for_a_batch_is_independent():
+    """Its side, whether it is mixed up and how, whether its first image is a mosaic, is flipped, and how much of it is shown: no two
+    go together, in 500 batches, nor does one batch's draw with the next one's."""
+    draws = []
+    for batch in itertools.islice(EndlessBatches(64, 4, seed=0, phase=lambda shown: "mixed"), 500):
+        first = batch[0]
+        with torch.random.fork_rng():
+            torch.default_generator.manual_seed(first.seed)
+            flipped, shown = torch.rand(2).tolist()
+        draws.append([first.side, first.mix is not None, first.is_mosaic, batch[1].is_mosaic, flipped < 0.5, shown, first.index])
+    draws = np.array(draws, dtype=float)
+    together = np.corrcoef(np.concatenate([draws[1:], draws[:-1]], axis=1).T)
+    assert np.abs(together - np.eye(14)).max() < 0.2, np.abs(together - np.eye(14)).max().round(3)  # 0.17 would be chance at 1 in 10,000
+    assert all(0.4 < draws[:, i].mean() < 0.6 for i in range(6))
+    mixes = [batch[0].mix for batch in itertools.islice(EndlessBatches(64, 4, seed=0, phase=lambda shown: "mixed"), 500)]
+    sides = draws[[mix is not None for mix in mixes], 0]
+    assert abs(np.corrcoef(sides, [mix for mix in mixes if mix is not None])[0, 1]) < 0.2
+
+
+@pytest.mark.parametrize("world, pieces", [(1, 1), (1, 4), (2, 1), (2, 2), (4, 1)])
+def test_a_step_has_the_same_images_however_they_are_shared(world, pieces):
+    """As many as four processes, or one that takes them in four pieces, augment the same images in the same way; also resumed."""
+    whole = list(itertools.islice(EndlessBatches(10, 8, seed=5, phase=lambda shown: "varied"), 7))
+    for first in (0, 3):
+        streams = [iter(EndlessBatches(10, 8, 5, lambda shown: "varied", first, (rank, world), pieces=pieces)) for rank in range(world)]
+        for batch in whole[first:]:
+            parts = [next(stream) for stream in streams for _ in range(pieces)]
+            assert all(len(part) == 8 // world // pieces for part in parts)
+            assert sorted(draw for part in parts for draw in part) == sorted(batch)
+
+
 def test_batches_hold_pictures_of_like_proportions():
     proportions = torch.tensor([0.5, 1.0, 1.5, 2.0])[torch.randint(4, (150,), generator=torch.Generator().manual_seed(0))]
     make = lambda proportions, **options: iter(EndlessBatches(150, 8, seed=3, phase=lambda shown: "plain", proportions=proportions, **options))
@@ -288,7 +319,9 @@ def test_the_run_decides_when_pictures_are_whole_and_when_they_are_mixed(tiny_da
     assert phases == ["plain", "mixed", "varied", "plain"]
     batches = list(itertools.islice(EndlessBatches(6, 3, seed=1, phase=lambda shown: "plain" if shown < 12 else "mixed" if shown < 18 else "varied"), 8))
     assert [batch[0][2] is None for batch in batches] == [True] * 4 + [False] * 4
-    assert [batch[0][3] for batch in batches] == [False] * 4 + [True] * 2 + [False] * 2
+    assert all(not item.is_mosaic and item.mix is None for batch in batches[:4] + batches[6:] for item in batch)
+    always = EndlessBatches(6, 3, seed=1, phase=lambda shown: "mixed", mixing=1.0)
+    assert all(item.is_mosaic and 0.45 <= item.mix <= 0.55 for batch in itertools.islice(always, 4) for item in batch)
     data = DetectionDataset(load_splits(tiny_data)[0], train_transforms(96))
     whole, varied = ([data[0, seed, draw, False][1]["size"] for seed, draw in enumerate(draws)] for draws in ([None] * 10, torch.arange(10) / 10))
     assert {tuple(size.tolist()) for size in whole} == {(96, 128)} and len({tuple(size.tolist()) for size in varied}) > 1
@@ -321,22 +354,22 @@ def test_large_jpegs_are_decoded_small_with_their_boxes(kind, orientation, tmp_p
     assert [reduction(*size, 300) for size in ((1600, 1200), (1599, 1200), (4000, 3000), (4002, 3002), (500, 9000))] == [4, 1, 8, 2, 1]
 
 
-def test_a_mosaic_sets_four_pictures_in_a_square(tiny_data):
+def test_a_mosaic_sets_four_pictures_in_a_square_and_turns_it(tiny_data):
     data = DetectionDataset(load_splits(tiny_data)[0], None)
-    samples = [data.load(i) for i in range(4)]
-    corners = ((0, 0), (64, 0), (0, 48), (64, 48))
-    wanted = torch.cat([t["boxes"] + torch.tensor([x, y, x, y]) for (x, y), (_, t) in zip(corners, samples)])  # in the square
-    for seed in range(5):
+    samples, sides, slanted = [data.load(i) for i in range(4)], [], 0
+    for seed in range(20):
         torch.manual_seed(seed)
         image, target = mosaic(samples)
-        h, w = image.shape[-2:]
-        assert 48 <= h <= 96 and abs(w / h - 4 / 3) < 0.05 and len(target["boxes"]) == len(target["labels"]) == 8
-        assert target["image_id"] == 0
-        for box, label, whole in zip(target["boxes"], target["labels"], wanted):
-            x1, y1, x2, y2 = box.int().tolist()
-            if (x2 - x1, y2 - y1) == tuple((whole[2:] - whole[:2]).int().tolist()):  # not cut off
-                red, _, blue = image[:, y1:y2, x1:x2].float().mean((1, 2))
-                assert (red > blue) == (label == 0)
+        assert image.shape == (3, 96, 128) and target["image_id"] == 0 and len(target["boxes"]) == len(target["labels"]) == 8
+        sound = [(box, label) for box, label in zip(target["boxes"], target["labels"]) if 2 < box[0] and 2 < box[1] and box[2] < 126 and box[3] < 94]
+        for box, label in sound:
+            x, y = (int(n) for n in (box[:2] + box[2:]) / 2)
+            red, _, blue = image[:, y, x].float()
+            assert (red > blue) == (label == 0), (seed, box)
+        sides += [float((box[2] - box[0]) * (box[3] - box[1])) ** 0.5 for box, _ in sound]
+        fill = (image.float() - torch.tensor([124, 116, 104])[:, None, None]).abs().sum(0) < 2
+        slanted += bool(fill.any())
+    assert min(sides) < 10 and max(sides) > 22 and slanted > 10  # scaled by 0.5 to 1.5; turned, shifted or smaller
 
 
 def test_mixed_up_pictures_have_the_boxes_of_both(tiny_data):
@@ -347,9 +380,10 @@ def test_mixed_up_pictures_have_the_boxes_of_both(tiny_data):
     assert torch.equal(mixed[0][1]["boxes"], torch.cat([samples[0][1]["boxes"], samples[2][1]["boxes"]])) and len(mixed[0][1]["labels"]) == 4
     other_size = [samples[0], (samples[1][0][:, :, 1:], samples[1][1])]
     assert len(mix_up(other_size, 0.6)[0][1]["boxes"]) == 2
-    batch = [(i, 7 * k, 0.5, True) for k, i in enumerate(range(4))]
-    counts = {len(t["boxes"]) for seed in range(8) for _, t in DetectionDataset(load_splits(tiny_data)[0], train_transforms(48)).__getitems__([(i, seed + s, d, m) for i, s, d, m in batch])}
-    assert max(counts) > 4
+    data = DetectionDataset(load_splits(tiny_data)[0], train_transforms(48))
+    for mix, most in ((0.5, 4), (None, 2)):
+        counts = {len(t["boxes"]) for seed in range(8) for _, t in data.__getitems__([(i, seed + i, 0.5, False, mix) for i in range(4)])}
+        assert max(counts) == most
 
 
 @pytest.mark.parametrize("square", [False, True])

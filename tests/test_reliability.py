@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, write_coco
+from conftest import ROOT, reference_weight, write_coco
 from PIL import Image
 from test_commands import SMALL, called, command
 from torture import disturbed
@@ -107,7 +107,7 @@ def test_a_folder_that_can_not_be_written(place, tiny_data, tmp_path, monkeypatc
 def test_a_log_that_a_crash_cut_off_is_gone_on_with(tmp_path):
     rows = [json.dumps({"epoch": i, "step": 3 * i}) + "\n" for i in range(1, 6)]
     (tmp_path / "log.jsonl").write_text("".join(rows) + rows[-1][:9])
-    os.close(train.open_folder(tmp_path, {}, 12))
+    train.open_folder(tmp_path, {}, 12, resumed=True)
     assert (tmp_path / "log.jsonl").read_text() == "".join(rows[:4])
 
 
@@ -384,6 +384,34 @@ def test_a_checkpoint_of_the_first_format_still_opens(tmp_path):
     assert found["names"] == old["names"]
     np.testing.assert_allclose(found["scores"], old["scores"], atol=1e-5)
     np.testing.assert_allclose(found["boxes"], old["boxes"], atol=1e-2)
+
+
+OF_MAIN = json.loads((ROOT / "tests" / "parity" / "main_2026_11.json").read_text())
+
+
+def old_picture(h, w, seed):
+    rng = np.random.default_rng(seed)
+    picture = np.full((h, w, 3), 90, dtype=np.uint8)
+    for _ in range(6):
+        x, y = rng.integers(0, w - 20), rng.integers(0, h - 20)
+        picture[y : y + rng.integers(8, 60), x : x + rng.integers(8, 60)] = rng.integers(0, 255, 3)
+    return picture
+
+
+@pytest.mark.parametrize("name", OF_MAIN["detectors"])
+def test_a_checkpoint_of_november_2026_gives_its_detections_of_then(name, tmp_path):
+    """Its settings lack those that came since, which then mean what was done without them. Weights are drawn by key and shape."""
+    old = OF_MAIN["detectors"][name]
+    state = build_model(old["config"], load_weights=False)[0].state_dict()
+    assert {key: list(value.shape) for key, value in state.items()} == old["shapes"] | old["other"]
+    state |= {key: reference_weight(key, shape) for key, shape in old["shapes"].items()}
+    save_checkpoint(tmp_path / "old.pth", {"model": state, "config": old["config"], "classes": ["a", "b", "c"], "category_ids": [1, 2, 3]})
+    detector = load(tmp_path / "old.pth", device="cpu", threshold=0.0)
+    for seed, ((h, w), then) in enumerate(zip(OF_MAIN["pictures"], old["found"])):
+        found = detector(old_picture(h, w, seed))
+        for label, score, box in zip(then["labels"], then["scores"], then["boxes"]):
+            apart = 100 * (found["scores"] - score).abs() + (found["boxes"] - torch.tensor(box)).abs().amax(1)
+            assert apart[found["labels"] == label].min() < 0.02, (label, score, box)
 
 
 def test_a_newer_format_is_refused(tmp_path):

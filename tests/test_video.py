@@ -45,7 +45,9 @@ def write_clip(path, seconds=10, rate=12, size=(640, 480)):
 def test_every_frame_of_a_clip_comes_out_with_its_box(tmp_path):
     av = pytest.importorskip("av")
     count = write_clip(tmp_path / "clip.mp4")
-    rows, seconds, trouble = video.detect_in_video(str(tmp_path / "clip.mp4"), RedSquares(), tmp_path / "out.mp4")
+    rows = []
+    count, seconds, trouble = video.detect_in_video(str(tmp_path / "clip.mp4"), RedSquares(), tmp_path / "out.mp4", rows.append)
+    assert count == len(rows)
     assert len(rows) == count == 120 and trouble is None and all(value > 0 for value in seconds.values())
     assert [row["frame"] for row in rows] == list(range(120)) and rows[60]["time"] == pytest.approx(5.0, abs=0.01)
     with av.open(str(tmp_path / "out.mp4")) as written:

@@ -1,0 +1,287 @@
+"""What a run decides, a resumed and a fine-tuned run decide too: settings say it, not how an object was built."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from test_commands import called
+from test_matrix import FAMILIES, tiny_backbones  # noqa: F401 - a fixture
+
+import train
+from backbones import build_backbone
+from checkpoint import copy_classes, read_checkpoint, start_from
+from detr_model import DETECTORS, build_model
+from errors import UserError
+from settings import DEFAULTS
+
+TINY = ["--backbone", "ecvit-nano", "--image-size", 48, "--batch-size", 4, "--num-queries", 10, "--workers", 0]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A file of pretrained weights, batch statistics included."""
+    torch.manual_seed(7)
+    path = tmp_path_factory.mktemp("weights") / "nano.pth"
+    backbone = build_backbone("ecvit-nano").train()
+    backbone(torch.randn(4, 3, 64, 64))
+    torch.save(backbone.state_dict(), path)
+    return path
+
+
+def interrupted_at(steps, monkeypatch):
+    """Ctrl-C while the batch of each of these steps is loaded, counted over all runs."""
+    real, calls = train.collate, []
+
+    def collate(batch, divisor):
+        calls.append(len(calls))
+        if calls[-1] in steps:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(batch, divisor)
+
+    monkeypatch.setattr(train, "collate", collate)
+
+
+def same_weights(a, b):
+    a, b = (torch.load(path / "last.pth", weights_only=True) for path in (a, b))
+    assert a["training"]["step"] == b["training"]["step"]
+    for x, y in ((a["model"], b["model"]), (a["training"]["model"], b["training"]["model"])):
+        different = [key for key in x if not torch.equal(x[key], y[key])]
+        assert x.keys() == y.keys() and not different, different[:5]
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_a_run_from_pretrained_weights_is_resumed_to_the_bit(detector, weights, tiny_data, tmp_path, monkeypatch, capsys):
+    """Stopped while the backbone is frozen, and again after; under the recipe that pretrained weights get."""
+    arguments = ["--data", tiny_data, *TINY, "--detector", detector, "--backbone-weights", weights, "--steps", 8, "--freeze-backbone", 1, "--eval-every", 99]
+    status, _, error = called(train.main, [*arguments, "--out", tmp_path / "whole"], monkeypatch, capsys)
+    assert status == 0, error
+    with monkeypatch.context() as patch:
+        interrupted_at({1, 4}, patch)
+        for resumption in range(3):
+            given = ["--resume", tmp_path / "parts"] if resumption else [*arguments, "--out", tmp_path / "parts"]
+            status, out, error = called(train.main, given, monkeypatch, capsys)
+            assert status == (130 if resumption < 2 else 0), error
+            assert 0 < torch.load(tmp_path / "parts" / "last.pth", weights_only=True)["training"]["step"] <= 8
+    same_weights(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_norms_that_came_with_weights_stay_frozen_however_the_model_is_built(weights):
+    config = DEFAULTS | dict(detector="detr", backbone="ecvit-nano", num_classes=2, num_queries=10, hidden_dim=32, num_heads=2, ffn_dim=32, decoder_layers=1)
+    for settings, frozen in (
+        ({"backbone_weights": str(weights)}, True), ({"backbone_weights": "none"}, False), ({"backbone_weights": "none", "init": "best.pth"}, True),
+    ):  # fmt: skip
+        for load_weights in (True, False):
+            model = build_model(config | settings, load_weights)[0].train()
+            assert model.backbone.backbone.patch_embed.convs[0].norm.training != frozen, (settings, load_weights)
+            assert model.backbone.projector[0].norm.training  # the release has none of its own
+
+
+def test_a_failure_before_the_first_step_can_be_resumed(tiny_data, tmp_path, monkeypatch, capsys):
+    arguments = ["--data", tiny_data, *TINY, "--steps", 4, "--eval-every", 99]
+    status, _, error = called(train.main, [*arguments, "--out", tmp_path / "whole"], monkeypatch, capsys)
+    assert status == 0, error
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "collate", lambda *_, **__: (_ for _ in ()).throw(OSError("the disk is gone")))
+        status, _, error = called(train.main, [*arguments, "--out", tmp_path / "run"], monkeypatch, capsys)
+    assert status == 2 and "the disk is gone; what was learnt is saved, go on with --resume" in error
+    assert read_checkpoint(tmp_path / "run" / "last.pth")["training"]["step"] == 0
+    status, _, error = called(train.main, ["--resume", tmp_path / "run"], monkeypatch, capsys)
+    assert status == 0, error
+    same_weights(tmp_path / "whole", tmp_path / "run")
+
+
+def test_the_report_is_drawn_after_a_resume_too(tiny_data, tmp_path, monkeypatch, capsys):
+    """Of the best epoch, which was before the interruption."""
+    real, calls = train.evaluate, []
+
+    def falling(*arguments, **options):
+        figures, *rest = real(*arguments, **options)
+        calls.append(figures and figures.update(AP=1.0 - 0.1 * len(calls)))
+        return figures, *rest
+
+    monkeypatch.setattr(train, "evaluate", falling)
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        interrupted_at({5}, patch)
+        status, _, error = called(train.main, ["--data", tiny_data, *TINY, "--steps", 9, "--eval-every", 1, "--out", run], monkeypatch, capsys)
+    assert status == 130 and not (run / "confusion.png").exists(), error
+    status, _, error = called(train.main, ["--resume", run], monkeypatch, capsys)
+    assert status == 0, error
+    assert (run / "precision_recall.png").exists() and (run / "confusion.png").exists()
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert rows[0]["AP"] == max(row["AP"] for row in rows) and read_checkpoint(run / "best.pth")["figures"]["AP"] == 1.0
+
+
+def test_last_pth_is_written_by_the_clock_and_at_the_end(tiny_data, tmp_path, monkeypatch, capsys):
+    written, keep = [], train.save_checkpoint
+    monkeypatch.setattr(train, "save_checkpoint", lambda path, content: (written.append((path.name, content.get("training", {}).get("step"))), keep(path, content)))
+    for seconds, steps in (("60", {8}), ("0", set(range(1, 9)))):
+        written.clear()
+        status, _, error = called(train.main, ["--data", tiny_data, *TINY, "--steps", 8, "--save-every", seconds, "--out", tmp_path / seconds], monkeypatch, capsys)
+        assert status == 0, error
+        assert {step for name, step in written if name == "last.pth"} == steps
+
+
+# Signals, and faults of the code
+
+AT_SHUTDOWN = """
+import builtins, os, signal, sys
+class Late:  # its end comes when the interpreter has given up its own handlers
+    def __del__(self, kill=os.kill, pid=os.getpid(), numbers=(signal.SIGTERM, signal.SIGINT)):
+        for number in numbers:
+            kill(pid, number)
+builtins.late = Late()
+sys.argv = ["train.py", *sys.argv[1:]]
+import train
+train.run(train.main)
+"""
+
+
+@pytest.mark.parametrize("stopped, status", [(False, 0), (True, 130)])
+def test_a_signal_after_the_end_changes_nothing(stopped, status, tiny_data, tmp_path):
+    arguments = ["--data", tiny_data, *TINY, "--steps", 2, "--out", tmp_path / "run"]
+    code = AT_SHUTDOWN if not stopped else AT_SHUTDOWN.replace("import train\n", "import train\nreal = train.collate\ntrain.collate = lambda *a, **k: (os.kill(os.getpid(), signal.SIGINT), real(*a, **k))[1]\n")
+    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == status, done.stderr
+    assert read_checkpoint(tmp_path / "run" / "last.pth")["training"]["step"] == (1 if stopped else 2)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_fault_of_the_code_keeps_its_traceback(workers, tiny_data, tmp_path, monkeypatch, capsys):
+    def broken(self, indices):
+        return [self[index] for index in indices] if getattr(indices[0], "seed", 1) % 3 else torch.ones(2) @ torch.ones(3)
+
+    monkeypatch.setattr(train.DetectionDataset, "__getitems__", broken)
+    with pytest.raises(RuntimeError, match="inconsistent tensor size|size mismatch") as caught:
+        called(train.main, ["--data", tiny_data, *TINY[:-1], workers, "--steps", 30, "--out", tmp_path / "run"], monkeypatch, capsys)
+    assert workers == 0 or "in broken" in str(caught.value)  # the worker's own lines
+    assert (tmp_path / "run" / "last.pth").exists()
+
+
+def test_nothing_is_said_to_be_saved_that_was_not(tmp_path):
+    def loader(error):
+        yield 1
+        raise error
+
+    for error, cause in ((OSError("stale"), "stale"), (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "was killed, for want of memory perhaps")):
+        with pytest.raises(UserError, match=f"{cause}.*; nothing was saved yet"):
+            list(train.while_readable(loader(error), None, tmp_path))
+    (tmp_path / "last.pth").write_text("")
+    with pytest.raises(UserError, match="go on with --resume"):
+        list(train.while_readable(loader(OSError("stale")), None, tmp_path))
+
+
+# Fine-tuning to other classes
+
+
+def checkpoint_of(detector, backbone, classes):
+    torch.manual_seed(1)
+    config = DEFAULTS | dict(detector=detector, size="nano", backbone=backbone, backbone_weights=None, num_queries=12, hidden_dim=32, num_heads=2, ffn_dim=32,
+                             encoder_layers=1, decoder_layers=2, copies=8)  # fmt: skip
+    model = build_model(config | {"num_classes": len(classes)})[0]
+    with torch.no_grad():
+        for value in [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())]:
+            value.add_(torch.rand_like(value))
+    return config, {"model": model.state_dict(), "config": config, "classes": classes, "category_ids": list(range(len(classes)))}, model
+
+
+@pytest.mark.parametrize("detector, family", [*((detector, "ecvit") for detector in DETECTORS), *(("detr", family) for family in FAMILIES if family != "ecvit")])
+def test_every_weight_but_the_rows_of_new_classes_is_the_checkpoints(detector, family, capsys):
+    old, new = ["cat", "dog", "emu"], ["emu", "axolotl", "cat", "bee"]
+    config, content, before = checkpoint_of(detector, f"tiny-{family}", old)
+    torch.manual_seed(2)
+    model = build_model(config | {"num_classes": 4})[0]
+    fresh = {key: value.clone() for key, value in model.state_dict().items()}
+    start_from(model, content, new, "best.pth")
+    layers = tuple(f"{name}." for name in model.class_layers())
+    per_class = [key for key in fresh if key.startswith(layers)]
+    assert per_class and not [key for key in per_class if key.startswith("backbone.")]
+    for key, value in model.state_dict().items():
+        theirs = content["model"][key]
+        if key not in per_class:
+            assert torch.equal(value, theirs), key
+            continue
+        first = 1 if detector == "ssd" else 0
+        groups = model.boxes.num_anchors_per_location()[int(key.split(".")[3])] if detector == "ssd" else 1
+        ours, theirs, made = (rows.unflatten(0, (groups, -1)) for rows in (value, theirs, fresh[key]))
+        assert torch.equal(ours[:, :first], theirs[:, :first]) and torch.equal(ours[:, first + 4 :], theirs[:, first + 3 :])  # background, "no object"
+        for label, name in enumerate(new):
+            wanted = theirs[:, first + old.index(name)] if name in old else made[:, first + label]
+            assert torch.equal(ours[:, first + label], wanted), (key, name)
+    assert "kept by name: emu, cat; made anew: axolotl, bee" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_fine_tuning_detects_the_classes_that_it_knows_as_before(detector, capsys):
+    """The rows are where the network looks for them: scores of known classes stay what they were."""
+    config, content, before = checkpoint_of(detector, "tiny-ecvit", ["cat", "dog", "emu"])
+    model = build_model(config | {"num_classes": 4})[0]
+    start_from(model, content, ["emu", "axolotl", "cat", "bee"], "best.pth")
+    images, mask = torch.randn(1, 3, 64, 96), torch.zeros(1, 64, 96, dtype=torch.bool)
+    features = {}
+    with torch.no_grad():
+        for name, network in (("before", before), ("after", model)):
+            head = {"detr": "dense_class", "detr-2020": "class_head", "ecdet": "decoder.enc_score_head", "dino": "enc_class_head", "ssd": "head.classification_head"}[detector]
+            network.eval().get_submodule(head).register_forward_hook(lambda module, inputs, output, name=name: features.update({name: output}))
+            network(images, mask)
+    columns = ([1, 3], [3, 1]) if detector == "ssd" else ([0, 2], [2, 0])  # cat and emu, before; after
+    assert torch.allclose(features["before"][..., columns[0]], features["after"][..., [columns[1][0], columns[0][0]]], atol=1e-5)
+
+
+def test_a_layer_made_for_something_else_is_left_to_the_strict_check():
+    ours, theirs = torch.zeros(4, 2), torch.ones(9, 2)
+    assert copy_classes(ours, theirs, 1, 0, 4, 3, []) is theirs
+
+
+def test_an_init_and_backbone_weights_follow_one_policy(tiny_data, weights, tmp_path, monkeypatch, capsys):
+    """Batch statistics of the stem stay what the file brought, in a run from backbone weights, and in one from its checkpoint."""
+    key = "backbone.backbone.patch_embed.convs.0.norm.running_mean"
+    for out, begin in (("a", ["--backbone", "ecvit-nano", "--backbone-weights", weights]), ("b", ["--init", tmp_path / "a" / "best.pth"])):
+        arguments = ["--data", tiny_data, *begin, "--image-size", 48, "--batch-size", 4, "--workers", 0, "--steps", 2, "--out", tmp_path / out]
+        status, _, error = called(train.main, arguments, monkeypatch, capsys)
+        assert status == 0, error
+        assert torch.equal(torch.load(tmp_path / out / "last.pth", weights_only=True)["training"]["model"][key], torch.load(weights)[key[9:]])
+
+
+# float16
+
+
+def test_overflows_of_float16_are_the_scalers_and_no_steps_that_went_wrong(tiny_data, tmp_path, monkeypatch, capsys):
+    """Its factor starts at 65,536 and comes down until gradients fit; gradients are clipped and reach Muon unscaled; it is resumed."""
+    scales, real = [], train.torch.amp.GradScaler
+
+    class Scaler(real):
+        def update(self, *arguments):
+            super().update(*arguments)
+            scales.append(self.get_scale())
+
+    monkeypatch.setattr(train.torch.amp, "GradScaler", lambda device, **options: Scaler(device, init_scale=2.0**40, **options))
+    arguments = ["--data", tiny_data, *TINY, "--precision", "float16", "--eval-every", 99]
+    status, out, error = called(train.main, [*arguments, "--steps", 40, "--out", tmp_path / "run"], monkeypatch, capsys)
+    assert status == 0, error
+    assert "not finite" not in out and scales[0] < 2.0**40 and scales[-1] == scales[-5]
+    saved = read_checkpoint(tmp_path / "run" / "last.pth")["training"]
+    assert saved["scaler"]["scale"] == scales[-1]
+    monkeypatch.setattr(train.torch.amp, "GradScaler", real)
+    norms, clip = {}, train.distributed.clip_gradients
+    for precision in ("float32", "float16"):
+        seen = norms.setdefault(precision, [])
+        monkeypatch.setattr(train.distributed, "clip_gradients", lambda parameters, most: (seen.append(float(clip(parameters, most))), torch.tensor(seen[-1]))[1])
+        status, _, error = called(train.main, [*arguments[:-4], "--precision", precision, "--steps", 1, "--out", tmp_path / precision], monkeypatch, capsys)
+        assert status == 0, error
+    assert norms["float16"][0] == pytest.approx(norms["float32"][0], rel=0.05)
+
+
+def test_a_float16_run_is_resumed_to_the_bit(tiny_data, tmp_path, monkeypatch, capsys):
+    arguments = ["--data", tiny_data, *TINY, "--precision", "float16", "--steps", 6, "--eval-every", 99]
+    assert called(train.main, [*arguments, "--out", tmp_path / "whole"], monkeypatch, capsys)[0] == 0
+    with monkeypatch.context() as patch:
+        interrupted_at({2}, patch)
+        assert called(train.main, [*arguments, "--out", tmp_path / "parts"], monkeypatch, capsys)[0] == 130
+    assert called(train.main, ["--resume", tmp_path / "parts"], monkeypatch, capsys)[0] == 0
+    same_weights(tmp_path / "whole", tmp_path / "parts")

@@ -22,7 +22,8 @@ def choose_precision(asked, device, training=True):
     if asked not in ("auto", *PRECISIONS):
         raise UserError(f"--precision {asked}: it is auto, {', '.join(PRECISIONS)}")
     if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = asked != "float32"
+        torch.set_float32_matmul_precision("highest" if asked == "float32" else "high")
+        torch.backends.cudnn.allow_tf32 = asked != "float32"
     if asked != "auto":
         return asked
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):

@@ -116,6 +116,15 @@ def main():
         torch.set_rng_state(state["rng"])
         if device.type == "cuda" and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"])
+    stop = []  # filled by Ctrl-C: the step under way is finished first
+
+    def ask_to_stop(*_):
+        stop.append(True)
+        if len(stop) > 2:
+            raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, ask_to_stop)
     if rank:
         torch.manual_seed(s["seed"] + 1000 * rank + step)
     else:
@@ -163,15 +172,6 @@ def main():
     val_loader = DataLoader(val_set, batch_sampler=distributed.share(val_batches), generator=torch.Generator(), **workers)
 
     # Training
-    stop = []  # filled by Ctrl-C: the step under way is finished first
-
-    def ask_to_stop(*_):
-        stop.append(True)
-        if len(stop) > 2:
-            raise KeyboardInterrupt
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, ask_to_stop)
     last_evaluation, evaluation_seconds, best_found = time.time(), 0.0, None
     last_saved, begun, warm = time.time(), step, spent  # warm: seconds when the first steps, which are slower, were over
     accumulate = s["accumulate"] * pieces

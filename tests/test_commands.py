@@ -1,7 +1,9 @@
 """Whole commands, run as a user runs them."""
 
 import json
+import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,14 +16,16 @@ from PIL import Image
 
 import benchmark
 import check_dims
+import datasets
 import compare_patches
 import evaluate
 import features
 import infer
 import train
-from backbones import build_backbone
+from backbones import BACKBONES, build_backbone
 from detr_model import DETECTORS
 from errors import run
+from settings import build_parser
 
 SMALL = ["--backbone", "ecvit-nano", "--image-size", "48", "--batch-size", "4", "--num-queries", "10"]
 
@@ -151,6 +155,13 @@ def test_a_checkpoint_runs_no_code(tmp_path, monkeypatch, capsys):
         (infer.main, ["PICTURE", "--checkpoint", "PICTURE"], "not a checkpoint"),
         (infer.main, ["BROKEN", "--checkpoint", "BEST"], "1 of 1 files can't be read"),
         (evaluate.main, ["gone.pth"], "gone.pth: no such checkpoint"),
+        (evaluate.main, ["BEST", "--layout", "coco"], "--layout coco: is for --data"),
+        (datasets.main, ["SINGLE", "--val-split", "val"], "a single COCO file, which has no parts to choose"),
+        (train.main, ["--data", "SINGLE", "--val-split", "val"], "--val-split val: a single COCO file holds all pictures"),
+        (train.main, ["--data", "DATA", "--val-fraction", "0.3"], "--val-fraction 0.3: is for a single COCO file; this is coco layout"),
+        (train.main, ["--data", "DATA", "--shard"], "--shard spreads the backbone over several processes"),
+        (train.main, ["--data", "DATA", "--layers", "2"], "--layers: for plain vision transformers"),
+        (train.main, ["--data", "DATA", "--precision", "float8"], "invalid choice: 'float8'"),
         (evaluate.main, ["BEST", "--data", "OTHER"], "are not the checkpoint's"),
         (check_dims.main, ["--run", "dinov2-smal"], "the nearest: dinov2-small"),
         (check_dims.main, ["--size", "0"], "--size has to be more than 0"),
@@ -164,8 +175,13 @@ def test_a_mistake_ends_in_one_line_and_status_2(main, arguments, message, tiny_
     names = {"DATA": tiny_data, "EMPTY": tmp_path / "empty", "PICTURE": tmp_path / "a.png", "BROKEN": tmp_path / "b.jpg", "BEST": finished_run[1] / "best.pth", "RUN": finished_run[1]}  # fmt: skip
     if "OTHER" in arguments:
         names["OTHER"] = write_coco(tmp_path / "other", {"train": 1, "val": 1})
+    if "SINGLE" in arguments:
+        names["SINGLE"] = write_coco(tmp_path / "single", {"train": 4})
+        (names["SINGLE"] / "annotations" / "instances_train.json").rename(names["SINGLE"] / "all.json")
+        (names["SINGLE"] / "train").rename(names["SINGLE"] / "images")
     status, _, error = called(main, [names.get(a, a) for a in arguments], monkeypatch, capsys)
-    assert status == 2 and message in error and error.startswith("error: ") and error.count("\n") == 1, error
+    assert status == 2 and message in error, error
+    assert "usage:" in error or (error.startswith("error: ") and error.count("\n") == 1), error
 
 
 def test_a_mistake_prints_no_traceback_in_a_real_process(tmp_path):
@@ -177,15 +193,57 @@ def test_check_dims_agrees_with_itself():
     process = command("check_dims.py", "--size", 640)
     assert process.returncode == 0, process.stderr
     assert "4096" in next(line for line in process.stdout.splitlines() if "vit7b16" in line)
-    assert len(process.stdout.splitlines()) == 32
+    assert all(any(line.startswith(f"{name} ") for line in process.stdout.splitlines()) for name in BACKBONES)
     process = command("check_dims.py", "--run", "ecvit-nano", "--size", 100)
     assert process.returncode == 0 and "as the table says" in process.stdout
 
 
 def test_help_explains_every_option():
-    text = command("train.py", "--help").stdout
-    for option in ("--data", "--backbone", "--backbone-weights", "--recipe", "--epochs", "--batch-size", "--image-size", "--lr", "--out", "--resume", "--minutes", "--accumulate"):
-        assert option in text
+    text, parser = command("train.py", "--help").stdout, build_parser("")
+    for action in parser._actions:
+        assert action.option_strings[0] in text and (action.help or action.dest in ("epochs", "steps", "seed", "lr")), action.dest
+
+
+def test_a_run_says_what_it_will_cost(tiny_data, tmp_path, monkeypatch, capsys):
+    status, out, error = called(train.main, ["--data", tiny_data, *SMALL, "--steps", 11, "--eval-every", 99, "--out", tmp_path / "run"], monkeypatch, capsys)
+    assert status == 0 and out.count("the training will take about 1 min on this machine, ") == 1, out + error
+    s = dict(minutes=None, image_size=640, backbone="ecvitt", init=None)
+    given = {"data": "my photos", "epochs": 100, "backbone_weights": "pretrained", "ema": False, "lr": 1e-4}
+    lines = train.cost(80.0, 8.0, 3790, s, given, 1)
+    assert lines[0].startswith("the training will take about 8 h 27 min on this machine, 8 s a step") and len(lines) == 4
+    assert lines[2].strip() == "python train.py --data 'my photos' --backbone-weights pretrained --no-ema --lr 0.0001 --minutes 20 --image-size 320"
+    assert lines[3].strip() == "python train.py --data 'my photos' --no-ema --lr 0.0001 --minutes 20 --backbone ecvit-nano"
+    for line in lines[2:]:  # what is printed can be typed
+        build_parser("").parse_args(shlex.split(line)[2:])
+    assert "torchrun --nproc-per-node 8 train.py --data" in train.cost(80.0, 8.0, 3790, s, given, 8)[2]
+    assert len(train.cost(80.0, 8.0, 3790, s, None, 1)) == 1 and len(train.cost(80.0, 8.0, 300, s, given, 1)) == 1  # resumed; under an hour
+    assert train.cost(80.0, 8.0, math.inf, s | {"minutes": 4.5}, given, 1)[0].startswith("the training will take about 5 min")
+    small = train.cost(80.0, 8.0, 3790, s | {"image_size": 224, "backbone": "ecvit-nano"}, given, 1)
+    assert len(small) == 3 and small[2].endswith("--minutes 20")
+
+
+def test_evaluation_opens_nothing_of_the_training_part(finished_run, tmp_path, monkeypatch, capsys):
+    """COCO and YOLO: the training part's images may be gone, and one of the others may be what a run was told to leave out."""
+    root = write_coco(tmp_path / "data", {"train2017": 3, "val2017": 3}, category_ids=(7, 300, 90001))
+    for path in (root / "train2017").iterdir():
+        path.unlink()
+    status, out, error = called(evaluate.main, [finished_run[1] / "best.pth", "--data", root], monkeypatch, capsys)
+    assert status == 0 and "AP50" in out, error
+    (root / "val2017" / "001.png").write_text("")
+    status, _, error = called(evaluate.main, [finished_run[1] / "best.pth", "--data", root], monkeypatch, capsys)
+    assert status == 2 and "001.png" in error
+    status, out, error = called(evaluate.main, [finished_run[1] / "best.pth", "--data", root, "--skip-bad-images"], monkeypatch, capsys)
+    assert status == 0, error
+    yolo = tmp_path / "yolo"
+    for part in ("train", "val"):
+        (yolo / "images" / part).mkdir(parents=True)
+        (yolo / "labels" / part).mkdir(parents=True)
+        (yolo / "labels" / part / "a.txt").write_text("0 0.5 0.5 0.25 0.5")
+    (yolo / "images" / "train" / "a.png").write_text("no image")
+    Image.new("RGB", (64, 48)).save(yolo / "images" / "val" / "a.png")
+    (yolo / "data.yaml").write_text("names: ['kind 7', 'kind 300', 'kind 90001']\ntrain: images/train\nval: images/val\n")
+    status, out, error = called(evaluate.main, [finished_run[1] / "best.pth", "--data", yolo], monkeypatch, capsys)
+    assert status == 0, error
 
 
 def test_a_batch_of_one_and_more_than_the_data_set_train(tmp_path, monkeypatch, capsys):

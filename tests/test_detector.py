@@ -10,10 +10,15 @@ from PIL import Image
 
 import detector as module
 from checkpoint import read_checkpoint, save_checkpoint
+from datasets import DetectionDataset, collate, evaluation_batches
 from detector import load, to_supervision
-from detr_model import build_model
+from detr_model import DETECTORS, build_model
 from errors import UserError
+from evaluate import evaluate
+from layouts import Split, make_record
 from settings import DEFAULTS
+from test_matrix import tiny_backbones  # noqa: F401 - a fixture
+from transforms import eval_transforms
 
 CLASSES = ["cat", "dog", "emu"]
 
@@ -59,6 +64,81 @@ def test_a_list_gives_a_list_in_its_order(checkpoint):
         same(one, among, atol=1e-5)
     assert min((alone[i]["scores"] - alone[j]["scores"]).abs().max() for i, j in ((0, 1), (0, 2), (1, 2))) > 1e-4
     assert detector([]) == []
+
+
+@pytest.fixture(scope="module")
+def tiny_family(tmp_path_factory):
+    """A checkpoint on a tiny backbone of a family."""
+
+    def make(family, detector="detr"):
+        torch.manual_seed(3)
+        config = DEFAULTS | dict(detector=detector, size="nano", backbone=f"tiny-{family}", backbone_weights="none", num_classes=3, num_queries=20, hidden_dim=32, num_heads=2,
+                                 ffn_dim=32, encoder_layers=1, decoder_layers=2, copies=8, image_size=100)  # fmt: skip
+        model = build_model(config)[0]
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+            for name, parameter in model.named_parameters():  # scores are spread around a half
+                if name.endswith("bias") and any(name.startswith(layer) for layer in model.class_layers()):
+                    parameter.zero_()
+        path = tmp_path_factory.mktemp(family) / "best.pth"
+        save_checkpoint(path, {"model": model.state_dict(), "config": config, "classes": CLASSES, "category_ids": [3, 5, 90]})
+        return path
+
+    return make
+
+
+def furthest_apart(one, other, least=0.05):
+    """Two sets of detections with scores of at least `least` -> how far the two are apart at most, in score and in shares of 100 pixels."""
+    worst = 0.0
+    for a, b in ((one, other), (other, one)):
+        for score, label, box in zip(a["scores"], a["labels"], a["boxes"]):
+            if score >= least + 1e-3:
+                apart = torch.maximum((b["scores"] - score).abs(), (b["boxes"] - box).abs().amax(1) / 100)
+                worst = max(worst, float(apart[b["labels"] == label].min()))
+    return worst
+
+
+@pytest.mark.parametrize("family, detector", [("dinov2", "detr"), ("ecvit", "detr"), ("convnext", "detr"), ("ecvit", "ecdet"), ("ecvit", "dino"), ("ecvit", "detr-2020"), ("convnext", "ssd")])
+def test_what_is_found_in_an_image_does_not_depend_on_its_company(family, detector, tiny_family):
+    detector = load(tiny_family(family, detector), threshold=0.0, device="cpu")
+    images = [photo(size) for size in ((90, 70), (70, 90), (200, 60), (128, 128), (91, 70), (60, 200), (300, 40), (90, 70))]
+    images[-1] = images[-1].rotate(180)
+    among = detector(images)
+    assert max(len(d["scores"]) for d in among) > 10 and max(float(d["scores"].max()) for d in among) > 0.05
+    for image, found in zip(images, among):
+        assert furthest_apart(detector(image), found) < 1e-4
+
+
+def test_evaluation_finds_what_a_detector_finds(tiny_family, tmp_path, monkeypatch):
+    """In batches of images of many sizes, which come padded to the same size or not together."""
+    path, folder = tiny_family("ecvit"), tmp_path / "val"
+    folder.mkdir()
+    records = []
+    for i, size in enumerate([(90, 70), (70, 90), (128, 128), (91, 70), (88, 70), (300, 40)]):
+        photo(size).rotate(i).save(folder / f"{i}.png")
+        records.append(make_record(i, folder / f"{i}.png", size, [(1, 1, 30, 30, 0, 841, False)]))
+    split, detector = Split("val", CLASSES, [3, 5, 90], records), load(path, threshold=0.0, device="cpu")
+    batches = evaluation_batches(split, 4, 32, 100)
+    assert sorted(i for batch in batches for i in batch) == list(range(6)) and [0, 3] in batches and [2, 4] in batches and len(batches) == 4
+    loader = torch.utils.data.DataLoader(DetectionDataset(split, eval_transforms(100)), batch_sampler=batches, collate_fn=collate)
+    found = evaluate(detector.model, detector.postprocess, loader, split, torch.device("cpu"))[2]
+    for i in range(6):
+        assert furthest_apart(detector(folder / f"{i}.png"), found[i]) < 1e-4
+
+
+def test_an_image_with_many_objects_gets_as_many_detections_as_there_are_queries(tiny_family):
+    config = read_checkpoint(tiny_family("ecvit"))["config"]
+    for detector in DETECTORS:
+        queries = 700
+        _, _, postprocess = build_model(config | {"detector": detector, "num_queries": queries})
+        if detector == "ssd":
+            assert (postprocess.ssd.detections_per_img, postprocess.ssd.topk_candidates) == (700, 700)
+            continue
+        outputs = {"pred_logits": torch.randn(1, queries, 4 if detector == "detr-2020" else 3), "pred_boxes": torch.rand(1, queries, 4)}
+        assert len(postprocess(outputs, torch.tensor([[100, 100]]))[0]["scores"]) == queries
+        few = {key: value[:, :60] for key, value in outputs.items()}
+        assert len(postprocess(few, torch.tensor([[100, 100]]))[0]["scores"]) == (60 if detector == "detr-2020" else 180)
 
 
 def test_what_is_no_picture_is_refused(checkpoint, tmp_path):

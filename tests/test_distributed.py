@@ -14,7 +14,7 @@ import torch
 import distributed
 from conftest import ROOT
 from detr_model import build_model
-from test_commands import command
+from test_commands import SMALL, command
 from test_speed import CONFIG
 
 BACKBONE = ["--backbone", "dinov3-vits16", "--backbone-weights", "none", "--image-size", "48", "--num-queries", "10", "--batch-size", "4"]  # no batch norms, so that losses are those of one process
@@ -104,7 +104,7 @@ def test_batch_norms_are_synchronised_on_gpus(monkeypatch):
 @pytest.mark.parametrize("also", [[], ["--shard"]])
 def test_a_lost_process_ends_the_run_and_it_can_be_gone_on_with(also, tiny_data, tmp_path):
     run = tmp_path / "run"
-    started = torchrun(2, "--data", tiny_data, *BACKBONE, "--steps", 24, "--save-every", 3, "--out", run, *also, cwd=tmp_path)
+    started = torchrun(2, "--data", tiny_data, *SMALL, "--steps", 40, "--save-every", 1, "--out", run, *also, cwd=tmp_path)
     until = time.time() + 120
     while not (run / "last.pth").exists():
         assert time.time() < until and started.poll() is None, "nothing was saved"
@@ -116,11 +116,11 @@ def test_a_lost_process_ends_the_run_and_it_can_be_gone_on_with(also, tiny_data,
     assert time.time() - killed < 60 and started.returncode != 0
     assert "another process was lost" in said and f"--resume {run}" in said
     saved = torch.load(run / "last.pth", map_location="cpu", weights_only=True)["training"]["step"]
-    assert 1 <= saved < 24
+    assert 1 <= saved < 40
     resumed = torchrun(1 + len(also), "--resume", run, cwd=tmp_path)
     said, _ = resumed.communicate(timeout=200)
     assert resumed.returncode == 0, said
-    assert rows_of(run)[-1]["step"] == 24
+    assert rows_of(run)[-1]["step"] == 40
 
 
 def is_second(process, cwd):

@@ -166,3 +166,19 @@ def test_tensorboard_where_it_is_installed(tiny_data, tmp_path, monkeypatch, cap
     status, _, err = called(train.main, [*arguments, "--out", tmp_path / "with"], monkeypatch, capsys)
     row = json.loads((tmp_path / "with" / "log.jsonl").read_text())
     assert status == 0 and written["losses/giou"] == (row["losses"]["loss_giou"], 1) and written["validation/AP"] == (row["AP"], 1), err
+
+
+def test_more_objects_than_coco_counts_are_said_and_counted(capsys):
+    """140 of one class in an image, all found: COCO's AP counts 100 of them."""
+    corners = np.stack([np.arange(140) % 14, np.arange(140) // 14], axis=1) * 40.0
+    boxes = np.concatenate([corners, corners + 30], axis=1)
+    crowded = make_record(0, Path("0.png"), (600, 600), [(*box, 0, 900, False) for box in boxes] + [(0, 0, 600, 600, 1, 360000, False)] * 20)
+    split = Split("val", ["a", "b"], [1, 2], [crowded])
+    found = {0: {"boxes": torch.from_numpy(boxes).float(), "labels": torch.zeros(140, dtype=torch.long), "scores": torch.linspace(1, 0.5, 140)}}
+    figures, curves = evaluate.measure(split, found)
+    assert figures["class/a"] == pytest.approx(100 / 140, abs=0.01) and figures["AP"] == pytest.approx(0.5 * 100 / 140, abs=0.01)
+    assert figures["AP_all"] == pytest.approx(0.5) and len(curves["a"][1]) == 101
+    assert "140 objects of one class" in evaluate.crowding(split) and "AP_all" in evaluate.crowding(split)
+    for ignored in (True, False):
+        few = Split("val", ["a", "b"], [1, 2], [make_record(0, Path("0.png"), (600, 600), [(*box, i % 2, 900, ignored and i > 100) for i, box in enumerate(boxes)])])
+        assert evaluate.crowding(few) is None and "AP_all" not in evaluate.measure(few, found)[0]  # 70 of each

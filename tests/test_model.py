@@ -4,8 +4,9 @@ import transformers
 from conftest import FixedFeatures
 
 from detr_loss import HungarianMatcher, SetCriterion
-from detr_model import DETR, PlainDETR, build_model, cell_coordinates
+from detr_model import DETECTORS, DETR, PlainDETR, build_model, cell_coordinates
 from peers import detr_weights
+from settings import DEFAULTS
 
 CONFIG = dict(
     detector="detr", backbone="ecvit-nano", backbone_weights=None, num_classes=3, num_queries=20, hidden_dim=32, num_heads=2,
@@ -124,3 +125,56 @@ def test_every_kind_of_backbone_map_is_accepted(strides):
     assert outputs["pred_boxes"].shape == (1, 30, 4)
     h, w = maps[0].shape[-2:]
     assert model.neck.stride in (7, 8, 16) and outputs["dense"]["pred_boxes"].shape[1] >= 14 * 14
+
+
+def test_the_published_detr_starts_as_pytorchs_transformer_does():
+    """Standard deviations of every weight beside nn.Transformer's with Xavier over its matrices, as in the authors' code."""
+    torch.manual_seed(0)
+    theirs = torch.nn.Transformer(64, 4, 2, 2, 256)
+    for parameter in theirs.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.xavier_uniform_(parameter)
+    ours = DETR(FixedFeatures([torch.zeros(1, 32, 2, 2)], (32,)), 5, hidden_dim=64, num_heads=4, ffn_dim=256, encoder_layers=2, decoder_layers=2)
+    names = {"self_attn": "self_attn", "cross_attn": "multihead_attn"}
+    for part in ("encoder", "decoder"):
+        for layer, reference in zip(getattr(ours, part), getattr(theirs, part).layers):
+            for name, attention in layer.named_children():
+                if name in names:
+                    twin = getattr(reference, names[name])
+                    for projection in ("q_proj", "k_proj", "v_proj"):
+                        assert getattr(attention, projection).weight.detach().std() == pytest.approx(float(twin.in_proj_weight.detach().std()), rel=0.05)
+                        assert (getattr(attention, projection).bias == 0).all()
+                    assert attention.out_proj.weight.detach().std() == pytest.approx(float(twin.out_proj.weight.detach().std()), rel=0.05) and (attention.out_proj.bias == 0).all()
+            for name in ("linear1", "linear2"):
+                assert getattr(layer, name).weight.detach().std() == pytest.approx(float(getattr(reference, name).weight.detach().std()), rel=0.05)
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_heads_compute_in_float32_also_under_bfloat16(detector):
+    """Boxes of 2 % of the image would lose 4 % of their overlap to eight bits: what comes out has more of them."""
+    torch.manual_seed(0)
+    model = build_model(DEFAULTS | CONFIG | {"detector": detector, "size": "nano", "copies": 8, "encoder_layers": 1})[0].eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    images, mask = torch.randn(1, 3, 64, 64), torch.zeros(1, 64, 64, dtype=torch.bool)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        outputs = model(images, mask)
+    for key in ("pred_logits", "pred_boxes"):
+        value = outputs[key]
+        assert value.dtype == torch.float32 and (value == value.bfloat16().float()).float().mean() < 0.1, key
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_an_image_thinner_than_half_a_cell_is_no_padding_alone(detector):
+    """Two pixels high beside another of 64: its first row of cells counts, so that there is something to look at and to learn."""
+    torch.manual_seed(0)
+    model, criterion, postprocess = build_model(DEFAULTS | CONFIG | {"detector": detector, "size": "nano", "copies": 8, "encoder_layers": 1})
+    images, mask = torch.randn(2, 3, 64, 96), torch.zeros(2, 64, 96, dtype=torch.bool)
+    mask[0, 2:], mask[1, :, 3:] = True, True
+    targets = [{"labels": torch.tensor([0]), "boxes": torch.tensor([[0.5, 0.5, 0.4, 0.9]])}] * 2
+    losses = criterion(model.train()(images, mask, targets), targets)
+    assert all(value.isfinite() for value in losses.values()) and float(sum(losses.values()).detach()) < 300
+    with torch.no_grad():
+        found = postprocess(model.eval()(images, mask), torch.tensor([[2, 96], [64, 3]]))
+    assert all(d["boxes"].isfinite().all() and d["scores"].isfinite().all() for d in found)

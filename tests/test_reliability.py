@@ -20,6 +20,7 @@ from test_commands import SMALL, called, command
 from torture import disturbed
 
 import datasets
+import infer
 import layouts
 import train
 from checkpoint import read_checkpoint, save_checkpoint, write_whole
@@ -84,11 +85,11 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
 
 
 def test_a_run_folder_has_one_process(tiny_data, tmp_path):
-    first = subprocess.Popen([sys.executable, ROOT / "train.py", "--data", tiny_data, *SMALL, "--steps", "100000", "--out", tmp_path / "run"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    first = subprocess.Popen([sys.executable, ROOT / "train.py", "--data", tiny_data, *SMALL, "--steps", "100000", "--save-every", "0", "--out", tmp_path / "run"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
-        for _ in range(600):
-            if (tmp_path / "run" / "last.pth").exists():
-                break
+        until = time.time() + 60
+        while not (tmp_path / "run" / "last.pth").exists():
+            assert time.time() < until, "nothing was saved"
             time.sleep(0.1)
         second = command("train.py", "--resume", tmp_path / "run")
         assert second.returncode == 2 and second.stderr.strip().endswith("another process is training in it; wait for it, or choose another --out")
@@ -124,10 +125,25 @@ def test_a_picture_that_vanishes_ends_a_run_that_can_be_gone_on_with(workers, ti
     monkeypatch.setattr(datasets, "read_image", reading)
     monkeypatch.setattr(train, "save_checkpoint", lambda path, content: (keep(path, content), trouble.touch() if path.name == "last.pth" else None))
     monkeypatch.setattr(train, "DetectionDataset", lambda split, transforms, *_: datasets.DetectionDataset(split, transforms))
-    status, _, error = called(train.main, ["--data", tiny_data, *SMALL, "--steps", 60, "--workers", workers, "--out", tmp_path / "run"], monkeypatch, capsys)
+    status, _, error = called(train.main, ["--data", tiny_data, *SMALL, "--steps", 60, "--save-every", 0, "--workers", workers, "--out", tmp_path / "run"], monkeypatch, capsys)
     assert status == 2 and error.count("\n") == 1, error
     assert "train2017" in error and "can't be read any more (stale file handle); what was learnt is saved, go on with --resume" in error
-    assert read_checkpoint(tmp_path / "run" / "last.pth")["training"]["step"] >= 3
+    assert read_checkpoint(tmp_path / "run" / "last.pth")["training"]["step"] >= 1
+
+
+def test_a_camera_that_runs_for_days_fills_no_memory(tmp_path):
+    """Rows of detections.json go to the disk as they come, under another name until all are there."""
+    rows = infer.JsonList(tmp_path / "detections.json")
+    rows.extend([{"a": 1}])
+    rows.extend([])
+    rows.extend([{"a": 2}, {"a": "<3>"}])
+    assert not (tmp_path / "detections.json").exists() and rows.count == 3
+    rows.close()
+    assert json.loads((tmp_path / "detections.json").read_text()) == [{"a": 1}, {"a": 2}, {"a": "<3>"}] and len(list(tmp_path.iterdir())) == 1
+    infer.JsonList(tmp_path / "none.json").close()
+    assert json.loads((tmp_path / "none.json").read_text()) == []
+    with pytest.raises(UserError, match="can't be written"):
+        infer.JsonList(tmp_path / "nowhere" / "detections.json")
 
 
 def test_a_full_gpu_is_said_in_a_line(monkeypatch, capsys):
@@ -156,7 +172,7 @@ def poisoned(monkeypatch, steps):
     return calls
 
 
-RUN = ["--backbone", "ecvit-nano", "--backbone-weights", "none", "--image-size", "64", "--batch-size", "4", "--num-queries", "20", "--decoder-layers", "1", "--workers", "0", "--eval-every", "99"]
+RUN = ["--backbone", "ecvit-nano", "--backbone-weights", "none", "--image-size", "64", "--batch-size", "4", "--num-queries", "20", "--workers", "0", "--eval-every", "99", "--save-every", "0"]
 
 
 @pytest.mark.parametrize("detector", ["detr", "ecdet", "ssd"])

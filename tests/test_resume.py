@@ -186,7 +186,7 @@ def checkpoint_of(detector, backbone, classes):
     model = build_model(config | {"num_classes": len(classes)})[0]
     with torch.no_grad():
         for value in [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())]:
-            value.add_(torch.rand_like(value))
+            value.add_(0.1 * torch.rand_like(value))
     return config, {"model": model.state_dict(), "config": config, "classes": classes, "category_ids": list(range(len(classes)))}, model
 
 

@@ -28,7 +28,6 @@ from pathlib import Path
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what Apple's GPUs can't do yet then runs on the CPU
 import torch
-from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
@@ -464,7 +463,7 @@ def build_optimizers(model, s):
         if name.startswith("backbone."):
             lr = s["backbone_lr"] * s["layer_decay"] ** (last - depths[name.removeprefix("backbone.")])
             from_scratch = from_scratch and s["backbone_weights"] == "none"
-        sharded = isinstance(parameter, DTensor)  # Muon wants a matrix whole
+        sharded = s["shard"] and name.startswith("backbone.")  # Muon wants a matrix whole
         muon = s["optimizer"] == "muon" and from_scratch and is_inner_matrix(name, parameter) and not sharded
         if muon:
             lr, decay = MUON_LR * lr, MUON_DECAY

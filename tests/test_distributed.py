@@ -117,7 +117,7 @@ def test_a_lost_process_ends_the_run_and_it_can_be_gone_on_with(also, tiny_data,
     assert "another process was lost" in said and f"--resume {run}" in said
     saved = torch.load(run / "last.pth", map_location="cpu", weights_only=True)["training"]["step"]
     assert 1 <= saved < 40
-    resumed = torchrun(1 + len(also), "--resume", run, cwd=tmp_path)
+    resumed = torchrun(1, "--resume", run, cwd=tmp_path)  # the same optimisers hold the same weights in any number of processes
     said, _ = resumed.communicate(timeout=200)
     assert resumed.returncode == 0, said
     assert rows_of(run)[-1]["step"] == 40

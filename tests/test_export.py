@@ -30,6 +30,25 @@ def write_checkpoint(path, detector, **more):
     return path
 
 
+def test_the_size_of_a_fixed_graph_is_not_asked_for_in_vain(tmp_path, monkeypatch, capsys):
+    """An option that would be ignored is refused; a graph for any size follows it."""
+    picture = photo(tmp_path / "photo.png", (128, 96))
+    for any_size in (False, True):
+        checkpoint, found = write_checkpoint(tmp_path / "best.pth", "detr"), []
+        status, _, err = called(export.main, [checkpoint, "--picture", picture, "--format", "torch", "--out", tmp_path / "a.pt2"] + ["--any-size"] * any_size, monkeypatch, capsys)
+        assert status == 0, err
+        arguments = [picture, "--checkpoint", tmp_path / "a.pt2", "--image-size", 64, "--threshold", 0, "--out", tmp_path / "found"]
+        status, _, err = called(infer.main, arguments, monkeypatch, capsys)
+        if any_size:
+            assert status == 0, err
+            at = [load(tmp_path / "a.pt2", threshold=0.0, image_size=size)(picture)["scores"] for size in (64, 96)]
+            assert (at[0] - at[1]).abs().max() > 1e-4
+        else:
+            assert status == 2 and "--image-size 64: " in err and "was exported for 96x128 alone; export it with --any-size" in err
+        status, _, err = called(infer.main, [*arguments[:3], "--precision", "bfloat16"], monkeypatch, capsys)
+        assert status == 2 and "computes as it was exported" in err
+
+
 def photo(path, size):
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)).resize((9, 7)).resize(size).save(path)
     return path

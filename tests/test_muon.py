@@ -60,7 +60,7 @@ def test_muon_gets_the_inner_matrices_of_what_is_not_pretrained(weights, optimiz
         ffn_dim=64, decoder_layers=2, dropout=0.0,
     )  # fmt: skip
     model = build_model(config)[0]
-    settings = dict(optimizer=optimizer, init=None, backbone_weights=weights, lr=1e-3, backbone_lr=1e-4, layer_decay=1.0, weight_decay=1e-4, decay_all=False)
+    settings = dict(optimizer=optimizer, init=None, backbone_weights=weights, lr=1e-3, backbone_lr=1e-4, layer_decay=1.0, weight_decay=1e-4, decay_all=False, shard=False)
     optimizers = train.build_optimizers(model, settings)
     names = {id(p): name for name, p in model.named_parameters()}
     adamw, *rest = [[names.pop(id(p)) for group in o.param_groups for p in group["params"]] for o in optimizers]
@@ -79,7 +79,7 @@ def test_muon_gets_the_inner_matrices_of_what_is_not_pretrained(weights, optimiz
 def test_muon_leaves_the_scores_and_edges_of_an_ecdet_to_adamw():
     config = dict(detector="ecdet", size="nano", backbone="ecvit-nano", backbone_weights=None, num_classes=20, num_queries=20, decoder_layers=2)
     model = build_model(config)[0]
-    settings = dict(optimizer="muon", init=None, backbone_weights="none", lr=1e-3, backbone_lr=1e-3, layer_decay=1.0, weight_decay=1e-4, decay_all=False)
+    settings = dict(optimizer="muon", init=None, backbone_weights="none", lr=1e-3, backbone_lr=1e-3, layer_decay=1.0, weight_decay=1e-4, decay_all=False, shard=False)
     names = {id(p): name for name, p in model.named_parameters()}
     adamw, muon = ({names[id(p)] for group in o.param_groups for p in group["params"]} for o in train.build_optimizers(model, settings))
     last = {"decoder.enc_score_head.weight", "decoder.dec_score_head.1.weight", "decoder.dec_bbox_head.0.layers.2.weight", "decoder.denoising_class_embed.weight"}

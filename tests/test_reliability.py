@@ -151,7 +151,7 @@ def test_a_full_gpu_is_said_in_a_line(monkeypatch, capsys):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     status, _, error = called(full, [], monkeypatch, capsys)
-    assert status == 2 and error.count("\n") == 1 and "--accumulate" in error
+    assert status == 2 and error.count("\n") == 1 and "--device-batch" in error
 
 
 # Numbers that go bad

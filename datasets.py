@@ -84,7 +84,8 @@ class DetectionDataset(torch.utils.data.Dataset):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(draw.seed)  # torch.manual_seed keeps a note for every device that is not in use yet
             if draw.is_mosaic:
-                sample = mosaic([sample, *(self.load(i) for i in torch.randint(len(self), (3,)).tolist())])
+                others = (self.load(i) for i in torch.randint(len(self), (3,)).tolist())
+                sample = mosaic([sample, *others], self.transforms.tile)
             return self.transforms(*sample, draw.side, draw.is_mosaic)
 
     def __getitems__(self, indices):

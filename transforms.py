@@ -76,6 +76,13 @@ class RandomZoom(RandomSizeCrop):
         return max(1, round(share * h)), max(1, round(share * w))
 
 
+class RandomIoUCrop(v2.RandomIoUCrop):
+    """torchvision's, which divides by zero where an image is a few pixels thin."""
+
+    def make_params(self, flat_inputs):
+        return super().make_params(flat_inputs) if min(v2.query_size(flat_inputs)) * self.min_scale >= 1 else {}
+
+
 def draw_integer(low, high):
     """Uniform in low..high, both included."""
     return int(torch.randint(low, high + 1, ()))
@@ -107,11 +114,11 @@ def normalized(image):
 class PickOne:
     """(image, target, draw, is_mosaic) -> (image, target), by the transform that draw in [0, 1) picks, or by `plain` where it is None.
 
-    A mosaic goes through its own transforms: it has been cut and scaled already.
+    A mosaic goes through its own transforms: it has been scaled already, from images whose shortest sides were `tile` at most.
     """
 
-    def __init__(self, plain, transforms=(), for_mosaics=()):
-        self.plain, self.transforms, self.for_mosaics = plain, transforms, for_mosaics
+    def __init__(self, plain, transforms=(), for_mosaics=(), tile=math.inf):
+        self.plain, self.transforms, self.for_mosaics, self.tile = plain, transforms, for_mosaics, tile
 
     def __call__(self, image, target, draw=None, is_mosaic=False):
         transforms = self.for_mosaics if is_mosaic else self.transforms
@@ -119,10 +126,12 @@ class PickOne:
         return transform(image, target)
 
 
-def mosaic(samples):
-    """Four (image, target), uint8 and xyxy pixels -> one: set in a square, each resized to the first, and then turned by up to 10
-    degrees, shifted by up to 0.1 and scaled by 0.5 to 1.5, as for ECDet. The image's id and size stay the first's."""
+def mosaic(samples, tile=math.inf):
+    """Four (image, target), uint8 and xyxy pixels -> one: set in a square, each resized to the first, whose shortest side counts as
+    `tile` at most, and then turned by up to 10 degrees, shifted by up to 0.1 and scaled by 0.5 to 1.5, as for ECDet. The image's id
+    and size stay the first's."""
     h, w = samples[0][0].shape[-2:]
+    h, w = resized_sides(h, w, min(h, w, tile))
     pixels, boxes = [], []
     for (image, target), (x, y) in zip(samples, ((0, 0), (w, 0), (0, h), (w, h))):
         image, box = TF.resize(image, [h, w], antialias=True), TF.resize(target["boxes"], [h, w])
@@ -177,11 +186,12 @@ def train_transforms(size=SHORT_SIDE, kind="zoom", color_jitter=0.0, rotate=0.0,
             plain,
             [v2.Compose([*before, v2.RandomChoice([resize, window]), *after])],
             [v2.Compose([*before, resize, *after])],
+            size,
         )
     if kind == "strong":
         smaller = v2.RandomZoomOut(fill=MEAN_FILL, side_range=(1.0, 4.0))
         before.append(v2.RandomPhotometricDistort(p=0.5))
-        window = [smaller, v2.RandomApply([v2.RandomIoUCrop()], p=0.8)]  # ToDetector drops the boxes that it marks
+        window = [smaller, v2.RandomApply([RandomIoUCrop()], p=0.8)]  # ToDetector drops the boxes that it marks
         sides = range(-(-size * 3 // 4 // 32) * 32, size * 5 // 4 + 1, 32)
     else:
         window = [v2.RandomApply([RandomZoom(0.5)], p=0.5)]
@@ -192,7 +202,7 @@ def train_transforms(size=SHORT_SIDE, kind="zoom", color_jitter=0.0, rotate=0.0,
             v2.Compose([*before, *window, resize_to([side], longest * side // size, square), *after]) for side in sides
         ]
 
-    return PickOne(plain, varied(window), varied([]))
+    return PickOne(plain, varied(window), varied([]), size)  # a larger tile would only be shrunk again
 
 
 def detail_needed(size, kind):

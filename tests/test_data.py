@@ -369,6 +369,7 @@ def test_a_mosaic_sets_four_pictures_in_a_square_and_turns_it(tiny_data):
         sides += [float((box[2] - box[0]) * (box[3] - box[1])) ** 0.5 for box, _ in sound]
         fill = (image.float() - torch.tensor([124, 116, 104])[:, None, None]).abs().sum(0) < 2
         slanted += bool(fill.any())
+    assert mosaic(samples, tile=24)[0].shape == (3, 48, 64)  # of photos no more is computed than will be seen
     assert min(sides) < 10 and max(sides) > 22 and slanted > 10  # scaled by 0.5 to 1.5; turned, shifted or smaller
 
 

@@ -114,7 +114,7 @@ class ExportedDetector(Detector):
             raise UserError(f"--image-size {image_size}: {path} was exported for {about['height']}x{about['width']} alone; export it with --any-size")
         self.about = about | ({"image_size": image_size} if image_size else {})
         self.classes, self.category_ids, self.threshold, self.device = about["classes"], about["category_ids"], threshold, torch.device("cpu")
-        self.tile = min(about["height"], about["width"]) if tile == 0 else tile
+        self.tile = (image_size or min(about["height"], about["width"])) if tile == 0 else tile
 
     def detect(self, images):
         about, found = self.about, []

@@ -122,6 +122,8 @@ class SetCriterion(nn.Module):
             suffixes, logits, boxes = stack_layers(outputs["denoising"])
             matches = repeat_matches(outputs["denoising"]["matches"], len(suffixes))
             losses |= self.losses(logits, boxes, matches, targets, [f"{suffix}_dn" for suffix in suffixes], share_of(len(matches[0]) // len(suffixes), device))
+        elif "enc" in outputs:  # no copies, as there is no object here; other processes may have some, and all have to meet
+            share_of(0, device)
         if "dense" in outputs:
             logits, boxes = (outputs["dense"][key][None].float() for key in ("pred_logits", "pred_boxes"))
             image, pixel, target = assign_dense(self.matcher.cost(logits, boxes, targets)[0], sizes, self.dense_k)

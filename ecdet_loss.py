@@ -40,6 +40,8 @@ class RefinementCriterion(nn.Module):
             matches = outputs["matches"]
             copies = self.losses(outputs, layers, logits, boxes, repeat_matches(matches, len(layers)), matches, truth, share_of(len(matches[0]), labels.device))
             losses |= {f"{name}_dn": value for name, value in copies.items()}
+        else:  # no copies, as there is no object here; other processes may have some, and all have to meet twice
+            share_of(0, labels.device), share_of(0, labels.device)
         return losses
 
     def losses(self, outputs, layers, logits, boxes, matches, union, truth, total):

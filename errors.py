@@ -23,7 +23,7 @@ def run(main):
     except Exception as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's; this file does without torch
             raise
-        print("error: the GPU's memory is full; a smaller --device-batch or --batch-size, a smaller --image-size, or --checkpoint-activations", file=sys.stderr)
+        print("error: the GPU's memory is full; a smaller --image-size takes less, in training a smaller --device-batch or --checkpoint-activations, too", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -17,6 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what Apple's GPUs can't do yet then runs on the CPU
 import numpy as np
 import torch
 from pycocotools.coco import COCO
@@ -145,9 +146,10 @@ def class_curves(task):
 def in_processes(function, tasks, detections):
     """[function(task)]; several processes share the tasks where there are so many detections that it pays. They are forked, or
     where a GPU is in use, whose threads a fork can't take along, started anew."""
-    count = min(len(os.sched_getaffinity(0)), len(tasks)) if sys.platform == "linux" and detections > MANY else 1
+    way, pays = ("spawn", 20 * MANY) if torch.cuda.is_initialized() else ("fork", MANY)  # a new process imports all for 5 s
+    count = min(len(os.sched_getaffinity(0)), len(tasks), 16) if sys.platform == "linux" and detections > pays else 1
     if count > 1:
-        context = multiprocessing.get_context("spawn" if torch.cuda.is_initialized() else "fork")
+        context = multiprocessing.get_context(way)
         try:
             with ProcessPoolExecutor(count, context, start_worker) as pool:
                 return list(pool.map(function, tasks))
@@ -207,7 +209,8 @@ def main():
     parser.add_argument("checkpoint", help="best.pth or last.pth of a run")
     parser.add_argument("--data", metavar="DIR", help="a data set (default: that of the run)")
     parser.add_argument("--layout", choices=LAYOUTS, help="of --data (default: by looking)")
-    parser.add_argument("--val-split", metavar="NAME", help="its part to evaluate on")
+    parser.add_argument("--val-split", metavar="NAME", help="its part to evaluate on (default: that of the run)")
+    parser.add_argument("--train-split", metavar="NAME", help="its other part, where the classes of both count (default: that of the run)")
     parser.add_argument("--skip-bad-images", action="store_true", help="leave out pictures that can't be read")
     parser.add_argument("--allow-outside", action="store_true", help="files of the data may lie outside of DIR, through links or absolute paths")
     parser.add_argument("--image-size", type=int, metavar="S", help="shortest side (default: that of the run)")
@@ -222,17 +225,17 @@ def main():
     precision = choose_precision(arguments.precision, device, training=False)
     model, postprocess, content = load_detector(arguments.checkpoint, device)
     config = content["config"]
-    of_run = {} if arguments.data else config  # how a run's data is read says nothing about other data
+    of_run = {} if arguments.data else config  # what was let in there says nothing about other data
     data = arguments.data or config.get("data")
     if data is None:
         raise UserError(f"{arguments.checkpoint} does not say what data it was trained with; give --data DIR")
     _, split = load_splits(
-        data, config.get("train_split"), arguments.val_split or config.get("val_split"),
+        data, arguments.train_split or config.get("train_split"), arguments.val_split or config.get("val_split"),
         arguments.skip_bad_images or of_run.get("skip_bad_images", False), arguments.layout or of_run.get("layout"),
         config.get("val_fraction"), arguments.allow_outside or of_run.get("allow_outside", False), only_val=True,
     )  # fmt: skip
-    if arguments.val_split and split.layout == "json":
-        raise UserError(f"--val-split {arguments.val_split}: {data} is a single COCO file; it is split as it was for training")
+    if split.layout == "json" and (arguments.val_split or arguments.train_split):
+        raise UserError(f"--val-split, --train-split: {data} is a single COCO file; it is split as it was for training")
     if split.classes != content["classes"]:
         raise UserError(f"the data's classes {split.classes[:5]} are not the checkpoint's {content['classes'][:5]}")
     form = arguments.image_size or config["image_size"], config.get("square", False), config["exact_sides"]

@@ -12,10 +12,12 @@ Writes the pictures and videos with their boxes and detections.json (COCO's resu
 import argparse
 import glob
 import json
+import os
 import time
 from collections import Counter
 from pathlib import Path
 
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what Apple's GPUs can't do yet then runs on the CPU
 from datasets import read_image
 from detector import load
 from devices import PRECISIONS

@@ -26,7 +26,8 @@ class Mlp(nn.Module):
 
 
 def in_float32(module, x):
-    """module(x), in float32 also under autocast: eight bits of bfloat16 are too few for a box or to rank scores."""
+    """module(x), in float32 (TF32 where that is allowed) also under autocast: what comes out in the eight bits of bfloat16 is too
+    coarse for a box, or to rank scores by."""
     if not torch.is_autocast_enabled(x.device.type):
         return module(x)
     with torch.autocast(x.device.type, enabled=False):

@@ -424,7 +424,7 @@ def probe(record):
         with open_image(record.path) as image:
             stored, upright = image.size, upright_size(image)
             with ONE_LARGE if stored[0] * stored[1] > LARGE else nullcontext():
-                image.draft("RGB", (stored[0] // 8, stored[1] // 8))
+                image.draft("RGB", (max(1, stored[0] // 8), max(1, stored[1] // 8)))
                 image.load()
         return stored, upright
     except Exception as error:  # PIL raises many kinds on broken files; each is the file's fault

@@ -71,7 +71,7 @@ RECIPES = {
     ),
     "ecdet": dict(  # arXiv 2603.18739, as published for COCO with batches of 32; what depends on the size is in ECDET
         detector="ecdet", augment="strong", mosaic=None, mosaic_chance=None, plain_passes=0, plain_end=None, image_size=640, square=True,
-        num_queries=300, optimizer="adamw", weight_decay=None, clip=0.1, schedule="flat-cosine", warmup_steps=2000, ema_horizon=10000,
+        optimizer="adamw", weight_decay=None, clip=0.1, schedule="flat-cosine", warmup_steps=2000, ema_horizon=10000,
     ),
     "dino": dict(  # arXiv 2203.03605, twelve epochs of COCO
         detector="dino", augment="meta", plain_passes=0, image_size=800, num_queries=900, hidden_dim=256, num_heads=8, ffn_dim=2048,
@@ -185,6 +185,8 @@ def settle(given, train, initial=None):
             if key == "backbone_weights" or initial.get(key) != given[key]:
                 raise UserError(f"--{key.replace('_', '-')} {given[key]}: the architecture and its weights are those of --init {given['init']}; leave it out")
         given |= {key: initial[key] for key in decided if initial.get(key) is not None}
+        if "num_queries" not in given:
+            given["num_queries"] = max(enough_queries(train), initial["num_queries"])
         given.setdefault("image_size", initial["image_size"])
         given.setdefault("square", initial.get("square", False))
         given["backbone_weights"] = "none"  # they come with the rest
@@ -204,6 +206,8 @@ def settle(given, train, initial=None):
     nano = backbone == "ecvit-nano"
     batch = lambda: s["batch_size"] * s["accumulate"]
     chosen = {}
+    if given.get("mosaic"):
+        s["plain_passes"] = 0  # mosaics begin with the run
 
     def choose(key, value):
         if s[key] is None:
@@ -229,11 +233,7 @@ def settle(given, train, initial=None):
         choose("plain_end", round(1 - of_ecdet["plain_from"] / of_ecdet["epochs"], 4))
         choose("weight_decay", of_ecdet["weight_decay"])
     choose("batch_size", 32 if published else 8 if pictures < 1000 else 16)
-    most = train.most_objects
-    many = max(100, min(300, 10 * most), 2 * most)  # more than objects: the best of them are matched
-    if initial and s["num_queries"] is None:
-        many = max(many, initial["num_queries"])
-    choose("num_queries", 900 if s["detector"] == "dino" and not nano else many)
+    choose("num_queries", 900 if s["detector"] == "dino" and not nano else max(enough_queries(train), 300 if recipe == "ecdet" else 0))
     if s["epochs"] is s["steps"] is s["minutes"] is None:
         chosen["epochs"] = s["epochs"] = 40 if demo else of_ecdet["epochs"] if published else 100 if pictures < 5000 else 50 if pictures < 20000 else 24
         if demo:
@@ -270,9 +270,14 @@ def settle(given, train, initial=None):
         chosen["precision"] = s["precision"]
     s["num_classes"] = len(train.classes)
     print("chosen: " + ", ".join(f"{key}={value}" for key, value in chosen.items()))
-    if train.most_objects > s["num_queries"]:
+    if train.most_objects > s["num_queries"] and s["detector"] != "ssd":
         print(f"warning: a picture has {train.most_objects} objects, more than the {s['num_queries']} queries; the rest can't be found")
     return s
+
+
+def enough_queries(train):
+    """Many more queries than objects: the best of them are matched."""
+    return max(100, min(300, 10 * train.most_objects), 2 * train.most_objects)
 
 
 def refuse_ignored(s, given, spec, layout):
@@ -285,7 +290,7 @@ def refuse_ignored(s, given, spec, layout):
         ("train_split", layout != "json", no_parts),
         ("val_split", layout != "json", no_parts),
         ("size", s["detector"] == "ecdet", "is ECDet's; add --detector ecdet"),
-        ("scales", s["detector"] == "dino", "is DINO's; add --detector dino"),
+        ("scales", s["detector"] == "dino" and s["pyramid"] != "own", "is for a DINO over a pyramid; add --detector dino, leave out --pyramid own"),
         ("decoder_layers", s["detector"] != "ssd", "an SSD has no decoder; leave it out"),
         ("patch_resize", resampled, "is for pretrained weights with a --patch-size that is not their own"),
         ("optimizer", given.get("optimizer") != "muon" or not s["init"], "Muon is for random weights, --init leaves none"),

@@ -23,6 +23,7 @@ import shlex
 import signal
 import sys
 import time
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -39,7 +40,7 @@ from checkpoint import read_checkpoint, save_checkpoint, start_from, write_whole
 from datasets import DetectionDataset, EndlessBatches, collate, evaluation_batches, proportions_of, start_worker
 from demo_data import make_demo
 from detr_model import build_model
-from devices import autocast
+from devices import autocast, choose_precision
 from errors import UserError, run
 from evaluate import crowding, draw_report, evaluate
 from layouts import load_splits
@@ -57,6 +58,12 @@ MUON_DECAY = 0.1
 
 
 def main():
+    with ExitStack() as held:  # the lock of the run's folder: given back however the run ends
+        train_detector(held)
+
+
+def train_detector(held):
+    """held: an ExitStack that takes what has to be closed at the end."""
     given, resume = parse_arguments(__doc__)
     rank, world, device = distributed.start()
     saved = read_checkpoint(Path(resume) / "last.pth") if resume else None
@@ -68,6 +75,7 @@ def main():
         train, val = prepare_data(saved["config"] if saved else given)
     initial = read_checkpoint(given["init"]) if given.get("init") else None
     s = distributed.from_first(DEFAULTS | saved["config"] if saved else settle(given, train, initial and initial["config"]))
+    choose_precision(s["precision"], device)  # is decided; allows or forbids TF32
     pieces = pieces_of_a_batch(s, world)
     if s["shard"] and world == 1 and not saved:
         raise UserError("--shard spreads the backbone over several processes; start them with torchrun --nproc-per-node N train.py")
@@ -127,7 +135,8 @@ def main():
     if rank:
         torch.manual_seed(s["seed"] + 1000 * rank + step)
     else:
-        lock = open_folder(folder, s, step, resumed=bool(saved))  # noqa: F841 - held until this function ends, however it ends
+        held.enter_context(locked(folder))
+        open_folder(folder, s, step, resumed=bool(saved))
     board = open_board(folder) if s["tensorboard"] and not rank else None
     trained = model if world == 1 else distributed.replicate(model)
 
@@ -166,13 +175,14 @@ def main():
     gc.freeze()  # a later collection would touch, and so copy, what the workers share with this process
     atexit.register(gc.unfreeze)  # or some libraries take the end for a leak
     # A loader draws a number when it starts; with a generator of its own it leaves the training's alone.
-    stream = while_readable(DataLoader(train_set, batch_sampler=batches, generator=torch.Generator(), **workers), None if shard else save_last, folder)
+    readable = partial(while_readable, save=None if shard else save_last, folder=folder)
+    stream = readable(DataLoader(train_set, batch_sampler=batches, generator=torch.Generator(), **workers))
     val_batches = evaluation_batches(val, max(1, s["batch_size"] // world // pieces), model.backbone.size_divisor, *form)
     val_loader = DataLoader(val_set, batch_sampler=distributed.share(val_batches), generator=torch.Generator(), **workers)
 
     # Training
     last_evaluation, evaluation_seconds, best_found = time.time(), 0.0, None
-    last_saved, begun, warm = time.time(), step, spent  # warm: seconds when the first steps, which are slower, were over
+    last_saved, begun, warm = -math.inf, step, spent  # so that there is something to go back to from the first step on; warm: seconds when the first steps, which are slower, were over
     accumulate = s["accumulate"] * pieces
     stopped = patience_over = rolled_back = False
     skipped, skipped_before, bad = 0, 0, []  # steps without a finite gradient: how many, by the last epoch's end, and the pictures of those in a row
@@ -215,7 +225,7 @@ def main():
                 for losses in found_losses:
                     sums = {name: sums.get(name, 0.0) + value for name, value in losses.items()}
                 counted, bad = counted + len(found_losses), []
-            elif answers_overflow(scaler, found_losses):
+            elif answers_overflow(scaler, found_losses, device):
                 pass  # the scaler halves its factor: float16 is meant to run into its range now and then
             else:  # the weights stay as they were, and what batch norms have seen
                 if statistics:
@@ -252,7 +262,8 @@ def main():
             # End of an epoch, or of the budget
             epoch = math.ceil(step / steps_per_epoch)
             row = {"epoch": epoch, "step": step, "minutes": round(spent / 60, 3), "lr": optimizers[0].param_groups[-1]["lr"]}
-            row["losses"] = {name: round(float(distributed.mean_of(value / max(1, counted), device)), 5) for name, value in sums.items()}
+            names = distributed.gathered(dict.fromkeys(sums))  # a process without objects has fewer
+            row["losses"] = {name: round(float(distributed.mean_of(sums.get(name, 0.0) / max(1, counted), device)), 5) for name in names}
             row |= {"skipped": skipped} if skipped else {}
             sums, counted = {}, 0
             due = epoch % s["eval_every"] == 0 if s["eval_every"] else time.time() - last_evaluation >= 9 * evaluation_seconds
@@ -264,7 +275,7 @@ def main():
                 stop_early = lambda: not over and distributed.most_of([float(bool(stop))], device)[0]
                 distributed.agree_on_buffers(detector)
                 with autocast(s["precision"], device):
-                    figures, curves, found = evaluate(detector, postprocess, val_loader, val, device, stop_early)
+                    figures, curves, found = evaluate(detector, postprocess, readable(val_loader), val, device, stop_early)
                 stopped = stopped or figures is None
             if figures is not None:
                 row |= {name: round(value, 4) for name, value in figures.items()}
@@ -285,7 +296,7 @@ def main():
                 last_evaluation, evaluation_seconds = time.time(), time.time() - started
             measured = f"AP {row['AP']:.3f}  AP50 {row['AP50']:.3f}" if "AP" in row else "AP -"
             tqdm.write(f"epoch {epoch:3d}  {spent / 60:5.1f} min  loss {sum(row['losses'].values()):7.3f}  {measured}")
-            if save_due or over:
+            if save_due or over or best_epoch == epoch:  # last.pth knows how good best.pth is
                 save_last()
                 last_saved = time.time()
             rolled_back, skipped_before = rolled_back and skipped > skipped_before, skipped
@@ -295,6 +306,12 @@ def main():
     bar.close()
     if patience_over or used(step) < 1:
         save_last()
+    finished = patience_over or used(step) >= 1
+    if best_found is None and finished and distributed.from_first((folder / "best.pth").exists()):  # it was before a --resume
+        distributed.load(detector, [], distributed.from_first(None if rank else read_checkpoint(folder / "best.pth")))
+        with autocast(s["precision"], device):
+            _, curves, found = evaluate(detector, postprocess, readable(val_loader), val, device, lambda: distributed.most_of([float(bool(stop))], device)[0])
+        best_found = found and (found, curves)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # all is saved: there is nothing left to stop
     if patience_over:
@@ -302,11 +319,6 @@ def main():
     elif used(step) < 1:
         print(f"stopped after step {step}; go on with: python train.py --resume {folder}")
         sys.exit(130)
-    if best_found is None and distributed.from_first((folder / "best.pth").exists()):  # the best epoch was before a --resume
-        distributed.load(detector, [], distributed.from_first(None if rank else read_checkpoint(folder / "best.pth")))
-        with autocast(s["precision"], device):
-            _, curves, found = evaluate(detector, postprocess, val_loader, val, device)
-        best_found = found, curves
     if best_found is not None and not rank:
         draw_report(val, *best_found, folder)
     print(f"best AP {best:.3f} after {spent / 60:.1f} minutes of training; curves and pictures are in {folder}. To detect:")
@@ -332,34 +344,36 @@ def prepare_data(s):
     return splits
 
 
-class FolderLock:
-    """Keeps other processes out of a folder as long as it is there. Raises BlockingIOError where one is in it."""
-
-    def __init__(self, folder):
-        self.descriptor = fcntl and os.open(folder, os.O_RDONLY)
+@contextmanager
+def locked(folder):
+    """Makes a run's folder, if it is not there, and keeps other processes out of it. Raises UserError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = fcntl and os.open(folder, os.O_RDONLY)
         if fcntl:
-            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-    def __del__(self):
-        if self.descriptor is not None:
-            os.close(self.descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(f"{folder}: another process is training in it; wait for it, or choose another --out") from None
+    except OSError as error:
+        raise UserError(f"{folder}: can't be written ({error.strerror}); choose another --out") from None
+    try:
+        yield
+    finally:
+        if fcntl:
+            os.close(descriptor)
 
 
 def open_folder(folder, s, step, resumed):
-    """Makes a new run's folder, or cuts a resumed run's log back to the step that was saved -> the lock that keeps others out."""
+    """Begins a new run's folder, or cuts a resumed run's log back to the step that was saved. Raises UserError."""
     log = folder / "log.jsonl"
     if not resumed and (folder / "last.pth").exists():
         raise UserError(f"{folder} already holds a run; go on with --resume {folder}, or choose another --out")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FolderLock(folder)
         write_whole(folder / "config.json", json.dumps(s, indent=1).encode())
         write_whole(log, "".join(line for line in read_rows(log) if resumed and json.loads(line)["step"] <= step).encode())
-    except BlockingIOError:
-        raise UserError(f"{folder}: another process is training in it; wait for it, or choose another --out") from None
     except OSError as error:
         raise UserError(f"{folder}: can't be written ({error.strerror}); choose another --out") from None
-    return lock
 
 
 def read_rows(log):
@@ -376,7 +390,7 @@ def give_up(bad, folder, rank, s):
         (folder / "bad_batches.txt").write_text("".join(f"{name}\n" for name in named))
     few = ", ".join(named[:3])
     raise UserError(
-        f"three steps in a row without a finite loss, again; their {len(named)} pictures ({few}, ...) are named in {folder / 'bad_batches.txt'}. "
+        f"three steps in a row without a finite loss, and no way back; their {len(named)} pictures ({few}, ...) are named in {folder / 'bad_batches.txt'}. "
         f"Look at them, or try a lower --lr than {s['lr']}, or --precision float32"
     )
 
@@ -409,10 +423,11 @@ def pieces_of_a_batch(s, world):
     return next(pieces for pieces in range(fewest, part + 1) if part % pieces == 0)
 
 
-def answers_overflow(scaler, found_losses):
-    """Whether gradients that are not finite are float16's alone: the losses are finite, and the scaler can still give way."""
-    sound = all(bool(value.isfinite()) for losses in found_losses for value in losses.values())
-    return scaler.is_enabled() and sound and scaler.get_scale() > 1
+def answers_overflow(scaler, found_losses, device):
+    """Whether gradients that are not finite are float16's alone: all processes' losses are finite, and the scaler can give way."""
+    broken = not all(bool(value.isfinite()) for losses in found_losses for value in losses.values())
+    broken = distributed.most_of([float(broken)], device)[0]
+    return scaler.is_enabled() and not broken and scaler.get_scale() > 1
 
 
 def cost(spent, seconds, steps, s, given, world):
@@ -423,7 +438,8 @@ def cost(spent, seconds, steps, s, given, world):
         whole = min(whole, 60 * s["minutes"])
     minutes = math.ceil(whole / 60)
     long = f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
-    lines = [f"the training will take about {long} on this machine, {seconds:.2g} s a step; evaluation adds up to a tenth"]
+    more = "" if s["eval_every"] else "; evaluation adds up to a tenth"
+    lines = [f"the training will take about {long} on this machine, {seconds:.2g} s a step{more}"]
     if whole <= 3600 or given is None:
         return lines
     start = "python train.py" if world == 1 else f"torchrun --nproc-per-node {world} train.py"

@@ -147,7 +147,9 @@ def mosaic(samples, tile=math.inf):
 
 def mix_up(samples, share):
     """[(image, target)] of one size, ready for a detector -> each faded into its neighbour, `share` of its own, with the boxes
-    of both (arXiv 1710.09412). Pictures whose neighbour has another size stay as they are."""
+    of both (arXiv 1710.09412). Pictures whose neighbour has another size, or that have none, stay as they are."""
+    if len(samples) < 2:
+        return samples
     mixed = []
     for (image, target), (other, more) in zip(samples, samples[-1:] + samples[:-1]):
         if image.shape == other.shape:
@@ -180,7 +182,7 @@ def train_transforms(size=SHORT_SIDE, kind="zoom", color_jitter=0.0, rotate=0.0,
     plain = v2.Compose([*before, resize_to([size], longest, square), *after])
     if kind == "meta":
         resize = resize_to([scaled(n) for n in range(480, 801, 32)], longest, square)
-        zoom = ResizeShortest([scaled(n) for n in (400, 500, 600)])
+        zoom = ResizeShortest([scaled(n) for n in (400, 500, 600)], 10 * longest)  # a line of pixels is not to fill the memory
         window = v2.Compose([zoom, RandomSizeCrop(scaled(384), scaled(600)), resize])
         return PickOne(
             plain,

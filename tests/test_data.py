@@ -379,6 +379,7 @@ def test_mixed_up_pictures_have_the_boxes_of_both(tiny_data):
     mixed = mix_up(samples, 0.6)
     assert torch.allclose(mixed[1][0], 0.6 * samples[1][0] + 0.4 * samples[0][0])
     assert torch.equal(mixed[0][1]["boxes"], torch.cat([samples[0][1]["boxes"], samples[2][1]["boxes"]])) and len(mixed[0][1]["labels"]) == 4
+    assert len(mix_up(samples[:1], 0.6)[0][1]["boxes"]) == 2  # alone there is nothing to be mixed with
     other_size = [samples[0], (samples[1][0][:, :, 1:], samples[1][1])]
     assert len(mix_up(other_size, 0.6)[0][1]["boxes"]) == 2
     data = DetectionDataset(load_splits(tiny_data)[0], train_transforms(48))

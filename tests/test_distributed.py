@@ -91,6 +91,33 @@ def test_buffers_are_those_of_the_first_process(tmp_path):
     assert done.returncode == 0 and done.stderr.count("agreed") == 2, done.stdout + done.stderr
 
 
+UNEVEN = """
+import torch, distributed
+from detr_model import DETECTORS, build_model
+from settings import DEFAULTS
+rank, world, device = distributed.start()
+object_ = {"labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.3, 0.3]])}
+none = {"labels": torch.zeros(0, dtype=torch.long), "boxes": torch.zeros(0, 4)}
+for detector in DETECTORS:
+    torch.manual_seed(0)
+    config = DEFAULTS | dict(detector=detector, size="nano", backbone="ecvit-nano", backbone_weights="none", num_classes=3, num_queries=12, hidden_dim=32,
+                             num_heads=2, ffn_dim=32, encoder_layers=1, decoder_layers=2, copies=8)
+    model, criterion, _ = build_model(config)
+    trained = distributed.replicate(model.train())
+    targets = [object_ if rank == 0 else none] * 2
+    sum(criterion(trained(torch.randn(2, 3, 64, 64), torch.zeros(2, 64, 64, dtype=torch.bool), targets), targets).values()).backward()
+    assert distributed.mean_of(float(rank), device) == 0.5, detector  # all are at the same place
+print("all met", file=__import__("sys").stderr)
+"""
+
+
+def test_a_process_without_objects_meets_the_others(tmp_path):
+    """Noisy copies are made of objects: where one process has none, it must not ask the others for fewer sums."""
+    (tmp_path / "uneven.py").write_text(UNEVEN)
+    done = launched(tmp_path / "uneven.py")
+    assert done.returncode == 0 and done.stderr.count("all met") == 2, done.stdout + done.stderr
+
+
 def test_batch_norms_are_synchronised_on_gpus(monkeypatch):
     model = build_model(CONFIG | {"detector": "ecdet", "size": "nano"})[0]
     norms, keys = [name for name, m in model.named_modules() if isinstance(m, torch.nn.BatchNorm2d)], set(model.state_dict())

@@ -117,12 +117,22 @@ def test_the_report_is_drawn_after_a_resume_too(tiny_data, tmp_path, monkeypatch
     assert rows[0]["AP"] == max(row["AP"] for row in rows) and read_checkpoint(run / "best.pth")["figures"]["AP"] == 1.0
 
 
+def test_last_pth_knows_of_every_best_pth(tiny_data, tmp_path, monkeypatch, capsys):
+    """A run that is killed after its best epoch must not take a worse one for the best when it goes on."""
+    written, keep = [], train.save_checkpoint
+    monkeypatch.setattr(train, "save_checkpoint", lambda path, content: (written.append((path.name, content.get("training", {}).get("best"), content.get("figures", {}).get("AP"))), keep(path, content)))
+    status, _, error = called(train.main, ["--data", tiny_data, *TINY, "--steps", 9, "--eval-every", 1, "--out", tmp_path / "run"], monkeypatch, capsys)
+    assert status == 0, error
+    best = [(i, figure) for i, (name, _, figure) in enumerate(written) if name == "best.pth"]
+    assert best and all(written[i + 1][:2] == ("last.pth", figure) for i, figure in best)
+
+
 def test_last_pth_is_written_by_the_clock_and_at_the_end(tiny_data, tmp_path, monkeypatch, capsys):
     written, keep = [], train.save_checkpoint
     monkeypatch.setattr(train, "save_checkpoint", lambda path, content: (written.append((path.name, content.get("training", {}).get("step"))), keep(path, content)))
-    for seconds, steps in (("60", {8}), ("0", set(range(1, 9)))):
+    for seconds, steps in (("60", {1, 8}), ("0", set(range(1, 9)))):
         written.clear()
-        status, _, error = called(train.main, ["--data", tiny_data, *TINY, "--steps", 8, "--save-every", seconds, "--out", tmp_path / seconds], monkeypatch, capsys)
+        status, _, error = called(train.main, ["--data", tiny_data, *TINY, "--steps", 8, "--eval-every", 99, "--save-every", seconds, "--out", tmp_path / seconds], monkeypatch, capsys)
         assert status == 0, error
         assert {step for name, step in written if name == "last.pth"} == steps
 

@@ -150,6 +150,13 @@ def test_an_option_that_is_given_is_in_the_settings(option):
 def test_a_checkpoint_decides_how_many_queries_only_where_they_are_weights(capsys):
     free = settle({"data": "mine", "init": "x", "image_size": 128}, pictures(800), OF_INIT | {"num_queries": 60})
     assert free["num_queries"] == 300  # the data's most is 40 objects
+    for detector, wanted in (("ecdet", 900), ("ssd", 900)):
+        initial = OF_INIT | {"num_queries": 900, "detector": detector, "size": "nano"}
+        assert settle({"data": "mine", "init": "x", "image_size": 128}, pictures(800), initial)["num_queries"] == wanted
+    crowded = pictures(800)
+    crowded.most_objects = 450
+    assert settle({"data": "mine", "recipe": "ecdet", "size": "s", "image_size": 128}, crowded)["num_queries"] == 900
+    assert settle({"data": "mine", "image_size": 128, "mosaic": 0.5}, pictures(800))["plain_passes"] == 0
     more = settle({"data": "mine", "init": "x", "image_size": 128}, pictures(800), OF_INIT | {"num_queries": 900})
     assert more["num_queries"] == 900
     for detector in ("dino", "detr-2020"):

@@ -108,14 +108,15 @@ class SetCriterion(nn.Module):
         self.matcher, self.class_loss, self.no_object_weight, self.dense_k = matcher, class_loss, no_object_weight, dense_k
         self.weights = {"class": class_weight, "bbox": bbox_weight, "giou": giou_weight}
 
-    def forward(self, outputs, targets):
+    def forward(self, outputs, targets, objects=None):
         """outputs: a detector's; targets: B dicts with `labels` (T,) and `boxes` (T, 4) -> {name: weighted scalar}.
 
-        The sum is the loss. Boxes are averaged over the batch's objects; earlier layers' terms end in _aux_0, _aux_1, ...
+        The sum is the loss. Boxes are averaged over the batch's objects, or divided by `objects`: where a batch comes in pieces, the
+        mean of a piece, so that the mean of their losses is the batch's. Earlier layers' terms end in _aux_0, _aux_1, ...
         """
         suffixes, logits, boxes = stack_layers(outputs)
         sizes, device = [len(t["labels"]) for t in targets], logits.device
-        total = share_of(sum(sizes), device)
+        total = share_of(sum(sizes), device) if objects is None else mean_of(objects, device)
         indices = to_device(number_in_batch(sizes, *self.matcher(logits, boxes, targets)), device)
         losses = self.losses(logits, boxes, indices, targets, suffixes, total)
         if "denoising" in outputs:

@@ -36,6 +36,12 @@ def start():
     return rank, world, device
 
 
+def finish():
+    """Lets go of the other processes: some versions of PyTorch abort at the end where that is left out."""
+    if several():
+        dist.destroy_process_group()
+
+
 def several():
     return dist.is_available() and dist.is_initialized()
 

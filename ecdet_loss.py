@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from detr_loss import number_in_batch, pairwise_giou, quality_loss, repeat_matches, stack_layers, to_device, to_xyxy
-from distributed import share_of
+from distributed import mean_of, share_of
 from refinement import REG_MAX, bin_distances, edge_distances
 
 TEMPERATURE = 5.0  # of the distributions that earlier layers learn from the last
@@ -22,10 +22,10 @@ class RefinementCriterion(nn.Module):
         self.matcher = matcher
         self.weights = {"class": 1.0, "bbox": 5.0, "giou": 2.0, "fgl": 0.15, "ddf": 1.5}
 
-    def forward(self, outputs, targets):
+    def forward(self, outputs, targets, objects=None):
         """outputs: ECDet's in training; targets: B dicts with `labels` (T,) and `boxes` (T, 4) -> {name: weighted scalar}.
 
-        The sum is the loss. Terms of earlier layers end in _aux_0, _aux_1, ..., of the first boxes in _pre, of the encoder's
+        The sum is the loss. objects: see SetCriterion, here for the scores; boxes are averaged over their own pairs. Terms of earlier layers end in _aux_0, _aux_1, ..., of the first boxes in _pre, of the encoder's
         selection in _enc, of the noisy copies in _dn besides.
         """
         labels, wanted = (torch.cat([t[key] for t in targets]) for key in ("labels", "boxes"))
@@ -33,7 +33,8 @@ class RefinementCriterion(nn.Module):
         layers, logits, boxes = stack_layers(outputs)
         matches = number_in_batch([len(t["labels"]) for t in targets], *self.matcher(logits, boxes, targets))
         matches, union = (to_device(indices, labels.device) for indices in (matches, union_of_matches(*matches[1:], logits.shape[2])))
-        losses = self.losses(outputs, layers, logits, boxes, matches, union, truth, share_of(len(labels), labels.device))
+        total = share_of(len(labels), labels.device) if objects is None else mean_of(objects, labels.device)
+        losses = self.losses(outputs, layers, logits, boxes, matches, union, truth, total)
         if "denoising" in outputs:
             outputs = outputs["denoising"]
             layers, logits, boxes = stack_layers(outputs)

@@ -28,9 +28,10 @@ class Mlp(nn.Module):
 def in_float32(module, x):
     """module(x), in float32 (TF32 where that is allowed) also under autocast: what comes out in the eight bits of bfloat16 is too
     coarse for a box, or to rank scores by."""
-    if not torch.is_autocast_enabled(x.device.type):
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return module(x)
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(kind, enabled=False):
         return module(x.float())
 
 

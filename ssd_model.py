@@ -63,8 +63,8 @@ class SSDCriterion(nn.Module):
         super().__init__()
         self.ssd = parts_of_ssd(1 + num_classes)
 
-    def forward(self, outputs, targets):
-        """-> {"loss_bbox", "loss_class"}: smooth L1, and cross-entropy over the matched boxes and three times as many hard negatives."""
+    def forward(self, outputs, targets, objects=None):
+        """-> {"loss_bbox", "loss_class"}, averaged over the matched boxes, whatever `objects`: smooth L1, and cross-entropy over the matched boxes and three times as many hard negatives."""
         anchors, in_pixels, matches = outputs["anchors"], [], []
         for target, (width, height) in zip(targets, outputs["pixels"].tolist()):
             boxes = box_convert(target["boxes"].float(), "cxcywh", "xyxy") * anchors.new_tensor([width, height, width, height])

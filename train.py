@@ -60,6 +60,7 @@ MUON_DECAY = 0.1
 def main():
     with ExitStack() as held:  # the lock of the run's folder: given back however the run ends
         train_detector(held)
+    distributed.finish()
 
 
 def train_detector(held):
@@ -200,9 +201,10 @@ def train_detector(held):
             if statistics:
                 torch._foreach_copy_(sound, statistics)
             shown, found_losses = [], []
-            for part in range(accumulate):
+            parts = [next(stream) for _ in range(accumulate)]
+            objects = max(1, sum(len(t["labels"]) for *_, targets in parts for t in targets)) / accumulate
+            for part, (images, mask, targets) in enumerate(parts):
                 trained.require_backward_grad_sync = part == accumulate - 1  # several processes: gradients are sent with the last
-                images, mask, targets = next(stream)
                 if step == 0 and part == 0 and not rank:
                     plots.draw_batch(images, mask, targets, train.classes).save(folder / "train_batch.png")
                 shown += [str(train.records[t["image_id"]].path) for t in targets]
@@ -210,7 +212,7 @@ def train_detector(held):
                 targets = [{key: t[key].to(device, non_blocking=True) for key in ("labels", "boxes")} for t in targets]
                 with autocast(s["precision"], device):
                     outputs = trained(images, mask, targets)
-                losses = criterion(outputs, targets)
+                losses = criterion(outputs, targets, objects)
                 loss = sum(losses.values())
                 scaler.scale(loss / accumulate).backward()
                 found_losses.append({name: value.detach() for name, value in losses.items()})
@@ -318,6 +320,7 @@ def train_detector(held):
         print(f"no better AP in {s['patience']} epochs; ended after step {step}")
     elif used(step) < 1:
         print(f"stopped after step {step}; go on with: python train.py --resume {folder}")
+        distributed.finish()
         sys.exit(130)
     if best_found is not None and not rank:
         draw_report(val, *best_found, folder)

@@ -82,6 +82,7 @@ assert rank == 0 or not torch.equal(before[0], first[0])
 if rank == 0:
     assert all(map(torch.equal, before, first))  # what the first process does next is as if it had not been asked
 print("agreed", rank, file=__import__("sys").stderr)
+distributed.finish()
 """
 
 
@@ -108,6 +109,7 @@ for detector in DETECTORS:
     sum(criterion(trained(torch.randn(2, 3, 64, 64), torch.zeros(2, 64, 64, dtype=torch.bool), targets), targets).values()).backward()
     assert distributed.mean_of(float(rank), device) == 0.5, detector  # all are at the same place
 print("all met", file=__import__("sys").stderr)
+distributed.finish()
 """
 
 
@@ -214,6 +216,7 @@ for i, batch in enumerate(batches):
         torch.testing.assert_close(value, one.state_dict()[name], rtol=1e-4, atol=1e-5)
 assert sum(p.to_local().numel() for p in two.backbone.parameters()) < 0.7 * sum(p.numel() for p in one.backbone.parameters())
 print("the same")
+distributed.finish()
 """
 
 

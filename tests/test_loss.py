@@ -116,3 +116,21 @@ def test_detections_are_in_pixels_of_the_picture_best_first():
     assert found["boxes"].tolist() == [[50, 25, 150, 75], [0, 0, pytest.approx(60), pytest.approx(30)]]
     found = PostProcess("softmax")(outputs, torch.tensor([[100, 200]]))[0]
     assert found["labels"].tolist() == [0, 0] and found["scores"].tolist() == sorted(found["scores"].tolist(), reverse=True)
+
+
+@pytest.mark.parametrize("class_loss", ["quality", "focal", "softmax"])
+def test_a_batch_in_pieces_has_the_loss_of_the_whole(class_loss):
+    """One image of 1 object and one of 7: divided by the mean of a piece, not each by its own."""
+    torch.manual_seed(0)
+    criterion = SetCriterion(HungarianMatcher(class_loss=class_loss), class_loss=class_loss)
+    outputs = {"pred_logits": torch.randn(2, 20, 4), "pred_boxes": 0.3 + 0.4 * torch.rand(2, 20, 4), "aux_outputs": []}
+    if class_loss != "softmax":  # its scores are weighed within a device's images, as published
+        outputs["dense"] = {"pred_logits": torch.randn(2, 30, 4), "pred_boxes": 0.3 + 0.4 * torch.rand(2, 30, 4)}
+    targets = [{"labels": torch.randint(3, (n,)), "boxes": 0.3 + 0.4 * torch.rand(n, 4)} for n in (1, 7)]
+    cut = lambda x, i: {k: cut(v, i) for k, v in x.items()} if isinstance(x, dict) else x if isinstance(x, list) else x[i : i + 1]
+    whole, pieces = criterion(outputs, targets), [criterion(cut(outputs, i), targets[i : i + 1], 8 / 2) for i in (0, 1)]
+    alone = [criterion(cut(outputs, i), targets[i : i + 1]) for i in (0, 1)]
+    for name, value in whole.items():
+        if (class_loss, name) != ("softmax", "loss_class"):
+            assert (pieces[0][name] + pieces[1][name]) / 2 == pytest.approx(float(value), rel=1e-5), name
+    assert abs(float(alone[0]["loss_giou"] + alone[1]["loss_giou"]) / 2 - float(whole["loss_giou"])) > 1e-3

@@ -207,7 +207,7 @@ def test_help_explains_every_option():
 def test_a_run_says_what_it_will_cost(tiny_data, tmp_path, monkeypatch, capsys):
     status, out, error = called(train.main, ["--data", tiny_data, *SMALL, "--steps", 11, "--eval-every", 99, "--out", tmp_path / "run"], monkeypatch, capsys)
     assert status == 0 and out.count("the training will take about 1 min on this machine, ") == 1, out + error
-    s = dict(minutes=None, image_size=640, backbone="ecvitt", init=None)
+    s = dict(minutes=None, image_size=640, backbone="ecvitt", init=None, eval_every=0)
     given = {"data": "my photos", "epochs": 100, "backbone_weights": "pretrained", "ema": False, "lr": 1e-4}
     lines = train.cost(80.0, 8.0, 3790, s, given, 1)
     assert lines[0].startswith("the training will take about 8 h 27 min on this machine, 8 s a step") and len(lines) == 4

@@ -59,12 +59,13 @@ MUON_DECAY = 0.1
 
 def main():
     with ExitStack() as held:  # the lock of the run's folder: given back however the run ends
-        train_detector(held)
+        status = train_detector(held)
     distributed.finish()
+    sys.exit(status)
 
 
 def train_detector(held):
-    """held: an ExitStack that takes what has to be closed at the end."""
+    """held: an ExitStack that takes what has to be closed at the end -> exit status."""
     given, resume = parse_arguments(__doc__)
     rank, world, device = distributed.start()
     saved = read_checkpoint(Path(resume) / "last.pth") if resume else None
@@ -320,12 +321,12 @@ def train_detector(held):
         print(f"no better AP in {s['patience']} epochs; ended after step {step}")
     elif used(step) < 1:
         print(f"stopped after step {step}; go on with: python train.py --resume {folder}")
-        distributed.finish()
-        sys.exit(130)
+        return 130
     if best_found is not None and not rank:
         draw_report(val, *best_found, folder)
     print(f"best AP {best:.3f} after {spent / 60:.1f} minutes of training; curves and pictures are in {folder}. To detect:")
     print(f"  python infer.py PICTURE --checkpoint {folder / 'best.pth'}")
+    return 0
 
 
 def prepare_data(s):

@@ -1,8 +1,7 @@
 """DETR: the published detector and the one this repository trains by default.
 
-`DETR` is the model of arXiv 2005.12872. `PlainDETR` keeps its shape (one map, global attention, no anchors by hand, no
-NMS) and adds what made its successors converge: queries selected from the memory, boxes that every layer refines and
-that position the next layer's queries, scores that learn the quality of their box.
+`DETR` is the model of arXiv 2005.12872. `PlainDETR` is a one-map deformable DETR (arXiv 2010.04159) without an encoder, whose
+selection of queries is taught densely and keeps them apart; scores learn the quality of their box.
 
 A detector is called as `model(images (B, 3, H, W), mask (B, H, W) True on padding)` and returns
 `pred_logits` (B, Q, K), `pred_boxes` (B, Q, 4) cxcywh in [0, 1] of the unpadded picture, and `aux_outputs`, the same of
@@ -18,14 +17,18 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from backbones import backbone_of, build_pyramid
-from detr_loss import HungarianMatcher, PostProcess, SetCriterion
+from deformable import ProjectedDeformableAttention
+from detr_loss import HungarianMatcher, PostProcess, SetCriterion, to_xyxy
 from dino_model import build_dino
 from ecdet_model import build_ecdet
-from layers import ONE_ROW_EACH, Attention, Mlp, grid_embedding, in_float32, is_padded, padding_bias, sine_embedding, unpadded_size
+from layers import ONE_ROW_EACH, Attention, Mlp, grid_embedding, in_float32, is_padded, padding_bias, sine_embedding, small_tensor, unpadded_size
 from refinement import shift_boxes
 from ssd_model import build_ssd
 
 ANCHOR_CELLS = 4  # side of the boxes that the dense predictions start from
+POINTS = 8  # that a head of local attention looks at
+CANDIDATES = 1000  # cells among which doubles are looked for, at least as many as there are queries
+LATER = 10**6  # more than there can be candidates
 
 
 def build_model(config, load_weights=True):
@@ -112,19 +115,20 @@ class EncoderLayer(nn.Module):
 class DecoderLayer(nn.Module):
     """Self-attention among queries, cross-attention to the memory, feed-forward; each added, then normalised."""
 
-    def __init__(self, dim, heads, ffn_dim, dropout=0.0):
+    def __init__(self, dim, heads, ffn_dim, dropout=0.0, cross_attn=None):
+        """cross_attn: the module that looks at the memory (default: attention to all of it)."""
         super().__init__()
         self.self_attn = Attention(dim, heads, dropout)
-        self.cross_attn = Attention(dim, heads, dropout)
+        self.cross_attn = cross_attn or Attention(dim, heads, dropout)
         self.linear1, self.linear2 = nn.Linear(dim, ffn_dim), nn.Linear(ffn_dim, dim)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x, query_pos, placed, memory, bias=None):
-        """x, query_pos (B, Q, C), memory with its positions and without (B, N, C), bias: see Attention -> (B, Q, C)."""
+    def forward(self, x, query_pos, *memory):
+        """x, query_pos (B, Q, C), memory: what the cross-attention takes after its query -> (B, Q, C)."""
         q = x + query_pos
         x = self.norm1(x + self.dropout(self.self_attn(q, q, x)))
-        x = self.norm2(x + self.dropout(self.cross_attn(x + query_pos, placed, memory, bias)))
+        x = self.norm2(x + self.dropout(self.cross_attn(x + query_pos, *memory)))
         return self.norm3(x + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x))))))
 
 
@@ -182,17 +186,45 @@ class DETR(nn.Module):
         return {"class_head": ONE_ROW_EACH}
 
 
+def select_distinct(scores, boxes, padding, count, overlap):
+    """The `count` best-scored boxes, where those that overlap a better one come after all others (DDQ, arXiv 2303.12776), and what is
+    padding last.
+
+    scores (B, N), boxes (B, N, 4) cxcywh, padding (B, N) with the lowest scores, overlap: IoU -> indices (B, count).
+    """
+    best = scores.topk(min(max(CANDIDATES, count), scores.shape[1]), dim=1).indices
+    candidates = to_xyxy(boxes.gather(1, best[..., None].expand(-1, -1, 4)))
+    in_cache = boxes.device.type == "cpu" and not torch.compiler.is_exporting()  # the pairs of one image at a time
+    double = torch.cat([is_double(part, overlap) for part in (candidates.split(1) if in_cache else [candidates])]) | padding.gather(1, best)
+    place = torch.arange(best.shape[1], device=best.device)
+    return best.gather(1, (place + LATER * double).topk(count, dim=1, largest=False).indices)
+
+
+def is_double(boxes, overlap):
+    """boxes (B, M, 4) xyxy, best first -> (B, M), True where a better one's IoU is over `overlap`."""
+    low, high = boxes.mT.contiguous().unflatten(1, (2, 2)).unbind(1)  # (B, 2, M)
+    pairs = torch.minimum(high[..., None], high[:, :, None]).sub_(torch.maximum(low[..., None], low[:, :, None])).clamp_(min=0)
+    shared, area = pairs[:, 0].mul_(pairs[:, 1]), (high - low).prod(1) * (overlap / (1 + overlap))
+    overlaps = (shared > area[..., None] + area[:, None]).tril(-1)
+    return overlaps.any(-1)
+
+
 class PlainDETR(nn.Module):
-    """The default detector: backbone -> one map -> Q queries selected from it -> decoder layers that refine their boxes.
+    """The default detector: backbone -> one map -> Q queries selected from it -> decoder layers that look around their boxes and refine them.
 
     There is no transformer encoder: the backbone is one. The head that selects the queries predicts at every pixel and is
-    taught as densely ("dense" in the outputs), which is what lets it learn from a few hundred pictures.
+    taught as densely ("dense" in the outputs), which is what lets it learn from a few hundred images.
+
+    attention: "local", POINTS samples a head around each query's box; "global", the whole map, as checkpoints of before
+    December 2026 have it. distinct: IoU from which on a box is another's double, see `select_distinct`; None: none is.
     """
 
     def __init__(self, backbone, num_classes, num_queries=300, hidden_dim=256, num_heads=8, ffn_dim=1024,
-                 decoder_layers=3, dropout=0.0, pyramid="own"):  # fmt: skip
+                 decoder_layers=3, dropout=0.0, pyramid="own", attention="local", distinct=0.7):  # fmt: skip
         super().__init__()
-        self.num_queries = num_queries
+        if attention not in ("local", "global") or distinct is not None and not 0 < distinct < 1:
+            raise ValueError(f"attention={attention}, distinct={distinct}: local or global, an IoU between 0 and 1 or None")
+        self.num_queries, self.attention, self.distinct = num_queries, attention, distinct
         self.backbone = backbone
         self.pyramid = build_pyramid(backbone, pyramid, (8, 16, 32), hidden_dim)
         self.neck = Neck(self.pyramid.channels, self.pyramid.strides, hidden_dim)
@@ -200,7 +232,8 @@ class PlainDETR(nn.Module):
         self.dense_class = nn.Linear(hidden_dim, num_classes)
         self.dense_box = Mlp(hidden_dim, hidden_dim, 4, 3)
         self.query_pos = Mlp(2 * hidden_dim, hidden_dim, hidden_dim, 2)
-        self.layers = nn.ModuleList(DecoderLayer(hidden_dim, num_heads, ffn_dim, dropout) for _ in range(decoder_layers))
+        look = lambda: ProjectedDeformableAttention(hidden_dim, num_heads, [POINTS]) if attention == "local" else None
+        self.layers = nn.ModuleList(DecoderLayer(hidden_dim, num_heads, ffn_dim, dropout, look()) for _ in range(decoder_layers))
         self.class_heads = nn.ModuleList(nn.Linear(hidden_dim, num_classes) for _ in range(decoder_layers))
         self.box_heads = nn.ModuleList(Mlp(hidden_dim, hidden_dim, 4, 3) for _ in range(decoder_layers))
         for head in [self.dense_class, *self.class_heads]:
@@ -212,24 +245,35 @@ class PlainDETR(nn.Module):
     def forward(self, images, mask, targets=None):
         padded, mask = is_padded(mask), mask.to(images.device, non_blocking=True)
         features = self.neck(self.pyramid(self.backbone(images)))
-        y, x, cell = cell_coordinates(mask, features.shape[-2:], self.neck.stride)
+        size = features.shape[-2:]
+        y, x, cell = cell_coordinates(mask, size, self.neck.stride)
         padding = (beyond(y)[:, :, None] | beyond(x)[:, None, :]).flatten(1)
         memory = self.memory_norm(features.flatten(2).transpose(1, 2))
-        memory_pos = grid_embedding(y[:, :, None].expand(-1, -1, x.shape[1]), x[:, None].expand(-1, y.shape[1], -1), memory.shape[-1])
-        memory_pos, bias = memory_pos.to(memory.dtype), padding_bias(padding) if padded else None
 
         dense = self.dense_predictions(memory, y, x, cell, padding)
-        best = dense["pred_logits"].detach().amax(-1).topk(min(self.num_queries, memory.shape[1]), dim=1).indices[..., None]
+        best = self.select(dense["pred_logits"].detach().amax(-1), dense["pred_boxes"].detach(), padding)[..., None]
         queries = memory.gather(1, best.expand(-1, -1, memory.shape[-1]))
         boxes = dense["pred_boxes"].gather(1, best.expand(-1, -1, 4))
-        placed, outputs = memory + memory_pos, []
+        if self.attention == "local":
+            share = 1 / (cell * small_tensor(size[::-1], cell.device))[:, None]
+            looked_at = memory, [size], share, padding if padded else None
+        else:
+            placed = memory + grid_embedding(y[:, :, None].expand(-1, -1, size[1]), x[:, None].expand(-1, size[0], -1), memory.shape[-1]).to(memory.dtype)
+            looked_at = placed, memory, padding_bias(padding) if padded else None
+        outputs = []
         for layer, class_head, box_head in zip(self.layers, self.class_heads, self.box_heads):
             boxes = boxes.detach()  # each layer answers for its own refinement only
             query_pos = self.query_pos(sine_embedding(boxes[..., [1, 0, 3, 2]], memory.shape[-1] // 2).flatten(2))
-            queries = layer(queries, query_pos, placed, memory, bias)
+            around = (boxes, *looked_at) if self.attention == "local" else looked_at
+            queries = layer(queries, query_pos, *around)
             boxes = shift_boxes(boxes, in_float32(box_head, queries))
             outputs.append({"pred_logits": in_float32(class_head, queries), "pred_boxes": boxes})
         return {**outputs[-1], "aux_outputs": outputs[:-1], "dense": dense}
+
+    def select(self, scores, boxes, padding):
+        """scores and padding (B, N), boxes (B, N, 4) of the map's cells -> (B, Q): those that become queries."""
+        count = min(self.num_queries, scores.shape[1])
+        return scores.topk(count, dim=1).indices if self.distinct is None else select_distinct(scores, boxes, padding, count, self.distinct)
 
     def class_layers(self):
         """What of the state dict has a row for each class, see checkpoint.copy_classes."""
@@ -258,7 +302,10 @@ def build_detr(backbone, config):
 
 def build_plain_detr(backbone, config):
     sizes = (config[key] for key in ("num_classes", "num_queries", "hidden_dim", "num_heads", "ffn_dim"))
-    model = PlainDETR(backbone, *sizes, decoder_layers=config["decoder_layers"], dropout=config["dropout"], pyramid=config.get("pyramid") or "own")
+    model = PlainDETR(
+        backbone, *sizes, decoder_layers=config["decoder_layers"], dropout=config["dropout"], pyramid=config.get("pyramid") or "own",
+        attention=config["attention"], distinct=config["distinct"],
+    )  # fmt: skip
     matcher = HungarianMatcher(class_cost=2, bbox_cost=5, giou_cost=2)
     return model, SetCriterion(matcher, class_loss="quality"), PostProcess("quality")
 

@@ -2,6 +2,7 @@
 
     python evaluate.py runs/demo/best.pth                  on the data that it was trained with
     python evaluate.py runs/mine/best.pth --data DIR
+    python evaluate.py runs/mine/best.pth --doubles
 """
 
 import argparse
@@ -31,7 +32,7 @@ from devices import PRECISIONS, autocast, choose_device, choose_precision
 from distributed import from_first, gathered, is_first
 from errors import UserError, run
 from layouts import LAYOUTS, load_splits
-from mistakes import confusion, find_cases, worst
+from mistakes import confusion, doubles, find_cases, suppressed, worst
 from transforms import eval_transforms
 from weights import Offline
 
@@ -215,6 +216,7 @@ def main():
     parser.add_argument("--allow-outside", action="store_true", help="files of the data may lie outside of DIR, through links or absolute paths")
     parser.add_argument("--image-size", type=int, metavar="S", help="shortest side (default: that of the run)")
     parser.add_argument("--pictures", metavar="DIR", help="also draws precision over recall, which class was taken for which, and the worst mistakes")
+    parser.add_argument("--doubles", action="store_true", help="also says how many objects are detected twice, and what non-maximum suppression would give")
     parser.add_argument("--batch-size", type=int, default=8, metavar="B")
     parser.add_argument("--precision", default="auto", choices=["auto", *PRECISIONS], help="default: float32 on CPUs, bfloat16 or float16 on GPUs that are fast at it")
     parser.add_argument("--offline", action=Offline)
@@ -250,6 +252,11 @@ def main():
         print(crowding(split))
     for name, value in figures.items():
         print(f"{name:24s} {value:.3f}" if value >= 0 else f"{name:24s} -")
+    if arguments.doubles:
+        print(f"of the detections with a score of 0.4 or more, {doubles(found):.1%} are doubles: a better one of their class overlaps them by an IoU over 0.7")
+        for iou in (0.5, 0.6, 0.7, 0.8, 0.9):
+            fewer = measure(split, suppressed(found, iou))[0]
+            print(f"NMS at IoU {iou}: " + ", ".join(f"{name} {fewer[name]:.3f} ({fewer[name] - figures[name]:+.3f})" for name in ("AP", "AP50")))
     if arguments.pictures:
         folder = Path(arguments.pictures)
         try:

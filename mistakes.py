@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torchvision.ops import box_iou
+from torchvision.ops import batched_nms, box_iou
 
 
 @dataclass
@@ -61,3 +61,22 @@ def worst(cases, count=12):
     wrong = sorted((c for c in cases if c.detected is not None and c.detected != c.truth), key=lambda c: -c.score)
     missed = sorted((c for c in cases if c.detected is None), key=area, reverse=True)
     return wrong[: count // 2] + missed[: count // 2]
+
+
+def doubles(found, threshold=0.4, iou=0.7):
+    """found: {index: detections} of evaluate.evaluate -> share of the detections of at least `threshold` that a better one of their class
+    overlaps by more than `iou`."""
+    double = total = 0
+    for detections in found.values():
+        keep = detections["scores"] >= threshold
+        scores, labels, boxes = (detections[key][keep] for key in ("scores", "labels", "boxes"))
+        better = (scores[:, None] < scores) & (labels[:, None] == labels)
+        double += int((better & (box_iou(boxes, boxes) > iou)).any(1).sum())
+        total += len(scores)
+    return double / max(1, total)
+
+
+def suppressed(found, iou):
+    """The same detections after non-maximum suppression within each class."""
+    kept = {index: batched_nms(d["boxes"], d["scores"], d["labels"], iou) for index, d in found.items()}
+    return {index: {key: value[kept[index]] for key, value in d.items()} for index, d in found.items()}

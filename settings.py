@@ -41,6 +41,7 @@ DEFAULTS = dict(
     num_queries=None,
     hidden_dim=None, num_heads=None, ffn_dim=None, encoder_layers=None, decoder_layers=None, dropout=0.0,
     scales=4, copies=None,  # DINO's; its noisy queries
+    attention="local", distinct=0.7,  # detr's, see detr_model.PlainDETR
     # budget: whichever ends first
     epochs=None, steps=None, minutes=None,
     # optimisation
@@ -93,7 +94,7 @@ ECDET = {
 
 ARCHITECTURE = (
     "detector", "size", "backbone", "pyramid", "layers", "patch_size", "hidden_dim", "num_heads", "ffn_dim", "encoder_layers", "decoder_layers",
-    "scales",
+    "scales", "attention",
 )  # fmt: skip  # what --init decides
 QUERIES_ARE_WEIGHTS = ("detr-2020", "dino")  # elsewhere they are selected, as many as one likes
 

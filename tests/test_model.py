@@ -4,11 +4,11 @@ import transformers
 from conftest import FixedFeatures
 
 from detr_loss import HungarianMatcher, SetCriterion
-from detr_model import DETECTORS, DETR, PlainDETR, build_model, cell_coordinates
+from detr_model import DETECTORS, DETR, PlainDETR, build_model, cell_coordinates, select_distinct
 from peers import detr_weights
 from settings import DEFAULTS
 
-CONFIG = dict(
+CONFIG = DEFAULTS | dict(
     detector="detr", backbone="ecvit-nano", backbone_weights=None, num_classes=3, num_queries=20, hidden_dim=32, num_heads=2,
     ffn_dim=64, decoder_layers=2, dropout=0.0,
 )  # fmt: skip
@@ -82,15 +82,15 @@ def test_outputs_keep_the_contract(detector):
         assert (found["scores"].diff() <= 0).all() and found["labels"].max() < 3
 
 
-@pytest.mark.parametrize("kind", [DETR, PlainDETR])
-def test_padding_changes_nothing(kind):
+@pytest.mark.parametrize("kind, more", [(DETR, {}), *[(PlainDETR, dict(attention=a, distinct=d)) for a in ("local", "global") for d in (0.1, 0.7, None)]])
+def test_padding_changes_nothing(kind, more):
     """The same features with more padding around them give the same detections."""
     torch.manual_seed(0)
     inner = torch.randn(1, 8, 4, 6)
     outer = torch.full((1, 8, 8, 10), 7.0)
     outer[:, :, :4, :6] = inner
     backbone = FixedFeatures([inner], [16])
-    model = kind(backbone, 3, 12, 32, 2, 64).eval()
+    model = kind(backbone, 3, 22, 32, 2, 64, **more).eval()  # of 24 cells
     for p in model.parameters():  # heads start at zero
         torch.nn.init.normal_(p, std=0.05) if p.ndim > 1 else None
     if kind is PlainDETR:
@@ -178,3 +178,60 @@ def test_an_image_thinner_than_half_a_cell_is_no_padding_alone(detector):
     with torch.no_grad():
         found = postprocess(model.eval()(images, mask), torch.tensor([[2, 96], [64, 3]]))
     assert all(d["boxes"].isfinite().all() and d["scores"].isfinite().all() for d in found)
+
+
+def iou(a, b):
+    """Of two boxes cxcywh."""
+    w, h = (min(a[i] + a[i + 2] / 2, b[i] + b[i + 2] / 2) - max(a[i] - a[i + 2] / 2, b[i] - b[i + 2] / 2) for i in (0, 1))
+    return max(w, 0) * max(h, 0) / (a[2] * a[3] + b[2] * b[3] - max(w, 0) * max(h, 0))
+
+
+@pytest.mark.parametrize("overlap", [0.3, 0.5, 0.7])
+@pytest.mark.parametrize("seed", range(4))
+def test_queries_are_kept_apart_as_a_plain_loop_keeps_them(overlap, seed):
+    """Best first; what overlaps anything better comes after all others, and padding last."""
+    torch.manual_seed(seed)
+    scores, boxes = torch.randn(3, 90), torch.cat([torch.rand(3, 90, 2), 0.3 + 0.1 * torch.rand(3, 90, 2)], dim=-1)
+    padding = torch.rand(3, 90) < 0.2
+    scores[padding] = -1e4
+    found = select_distinct(scores, boxes, padding, 90, overlap)
+    for image in range(3):
+        order = sorted(range(90), key=lambda i: -scores[image, i])
+        double = {i for at, i in enumerate(order) if any(iou(boxes[image, i].tolist(), boxes[image, j].tolist()) > overlap for j in order[:at])}
+        real = [i for i in order if not padding[image, i]]
+        first, second = [i for i in real if i not in double], [i for i in real if i in double]
+        assert first and second and found[image, : len(real)].tolist() == first + second
+        assert sorted(found[image].tolist()) == list(range(90))
+        assert select_distinct(scores, boxes, padding, 7, overlap)[image].tolist() == (first + second)[:7]
+
+
+def test_a_double_of_a_double_is_one_too():
+    """Of boxes side by side each overlaps the next, but the first not the third: only the best of the chain comes first."""
+    boxes = torch.tensor([[[0.3, 0.5, 0.2, 0.2], [0.33, 0.5, 0.2, 0.2], [0.36, 0.5, 0.2, 0.2], [0.7, 0.5, 0.2, 0.2]]])
+    scores = torch.tensor([[4.0, 3.0, 2.0, 1.0]])
+    assert iou(boxes[0, 0].tolist(), boxes[0, 2].tolist()) < 0.7 < iou(boxes[0, 1].tolist(), boxes[0, 2].tolist())
+    assert select_distinct(scores, boxes, torch.zeros(1, 4, dtype=torch.bool), 4, 0.7).tolist() == [[0, 3, 1, 2]]
+
+
+def test_more_queries_than_candidates_and_a_crowd_of_cells():
+    """Of many cells the best are looked through; as many queries come out as were asked for, none twice."""
+    torch.manual_seed(0)
+    scores, boxes = torch.randn(1, 5000), torch.cat([torch.rand(1, 5000, 2), 0.2 + 0.2 * torch.rand(1, 5000, 2)], dim=-1)
+    for count in (300, 2000):
+        found = select_distinct(scores, boxes, torch.zeros(1, 5000, dtype=torch.bool), count, 0.5)[0]
+        assert len(set(found.tolist())) == count and found[0] == scores.argmax()
+        apart = boxes[0, found[:20]].tolist()
+        assert all(iou(a, b) <= 0.5 for i, a in enumerate(apart) for b in apart[:i])
+
+
+def test_a_query_of_the_default_looks_around_its_box_alone():
+    """What is far from a query's box changes nothing of what its cross-attention finds; what is inside does."""
+    torch.manual_seed(0)
+    attention = PlainDETR(FixedFeatures([torch.zeros(1, 8, 4, 4)], [8]), 3, 5, 32, 2, 64).layers[0].cross_attn
+    query, box, share = torch.randn(1, 1, 32), torch.tensor([[[0.25, 0.25, 0.2, 0.2]]]), torch.ones(1, 1, 2)
+    memory = torch.randn(1, 32 * 32, 32)
+    far, near = memory.unflatten(1, (32, 32)).clone(), memory.unflatten(1, (32, 32)).clone()
+    far[:, 16:], far[:, :, 16:] = 9.0, 9.0
+    near[:, 6:11, 6:11] = 9.0
+    was, with_far, with_near = (attention(query, box, m.flatten(1, 2) if m.ndim == 4 else m, [(32, 32)], share) for m in (memory, far, near))
+    assert torch.equal(was, with_far) and not torch.allclose(was, with_near, atol=1e-3)

@@ -4,6 +4,7 @@ import torch
 import train
 from detr_model import build_model
 from muon import Muon, orthogonalize
+from settings import DEFAULTS
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (16, 80), (80, 16), (3, 16, 40)])
@@ -55,7 +56,7 @@ def test_parameters_without_gradient_stay():
 
 @pytest.mark.parametrize("weights, optimizer", [("none", "muon"), ("file.pth", "muon"), ("none", "adamw")])
 def test_muon_gets_the_inner_matrices_of_what_is_not_pretrained(weights, optimizer):
-    config = dict(
+    config = DEFAULTS | dict(
         detector="detr", backbone="ecvit-nano", backbone_weights=None, num_classes=20, num_queries=20, hidden_dim=32, num_heads=2,
         ffn_dim=64, decoder_layers=2, dropout=0.0,
     )  # fmt: skip
@@ -69,7 +70,7 @@ def test_muon_gets_the_inner_matrices_of_what_is_not_pretrained(weights, optimiz
         assert rest == []
         return
     (muon,) = rest
-    assert {"neck.mix.0.1.weight", "layers.0.linear1.weight", "layers.1.cross_attn.q_proj.weight", "dense_box.layers.0.weight"} <= set(muon)
+    assert {"neck.mix.0.1.weight", "layers.0.linear1.weight", "layers.1.cross_attn.value_proj.weight", "dense_box.layers.0.weight"} <= set(muon)
     assert {"dense_class.weight", "class_heads.1.weight", "dense_box.layers.2.weight", "memory_norm.weight"} <= set(adamw)
     in_backbone = [name for name in muon if name.startswith("backbone.")]
     assert len(in_backbone) == 0 if weights != "none" else any("blocks.5.mlp.fc2" in name for name in in_backbone)

@@ -23,7 +23,7 @@ import datasets
 import infer
 import layouts
 import train
-from checkpoint import read_checkpoint, save_checkpoint, write_whole
+from checkpoint import read_checkpoint, save_checkpoint, settings_of, write_whole
 from detector import load
 from detr_model import build_model
 from errors import UserError
@@ -330,7 +330,7 @@ CONFIG = DEFAULTS | dict(detector="detr", backbone="ecvit-nano", backbone_weight
         (dict(detector="os.system"), "describe no detector"), (dict(backbone="../../x"), "no backbone is called"), (dict(hidden_dim=2**40), "hidden_dim is not in"),
         (dict(num_queries=-1), "num_queries is not in"), (dict(num_heads=0), "num_heads is not in"), (dict(num_classes=10**9), "do not belong together"),
         (dict(hidden_dim="64"), "describe no detector"), (dict(hidden_dim=8192), "of another shape"), (dict(decoder_layers=90), "missing"), (dict(decoder_layers=10**9), "decoder_layers is not in"),
-        (dict(layers="1;import os"), "--layers"), (None, "describe no detector"),
+        (dict(layers="1;import os"), "--layers"), (None, "describe no detector"), (dict(attention="sideways"), "describe no detector"), (dict(distinct=7), "describe no detector"),
     ],
 )  # fmt: skip
 def test_settings_from_a_stranger_are_not_believed(change, message, tmp_path):
@@ -418,7 +418,7 @@ def old_picture(h, w, seed):
 def test_a_checkpoint_of_november_2026_gives_its_detections_of_then(name, tmp_path):
     """Its settings lack those that came since, which then mean what was done without them. Weights are drawn by key and shape."""
     old = OF_MAIN["detectors"][name]
-    state = build_model(old["config"], load_weights=False)[0].state_dict()
+    state = build_model(settings_of(old["config"]), load_weights=False)[0].state_dict()
     assert {key: list(value.shape) for key, value in state.items()} == old["shapes"] | old["other"]
     state |= {key: reference_weight(key, shape) for key, shape in old["shapes"].items()}
     save_checkpoint(tmp_path / "old.pth", {"model": state, "config": old["config"], "classes": ["a", "b", "c"], "category_ids": [1, 2, 3]})

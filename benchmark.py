@@ -36,7 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import plots
 from datasets import DetectionDataset, by_proportions, collate, start_worker
 from detr_loss import HungarianMatcher
-from detr_model import DETECTORS, build_model
+from detr_model import ATTENTION, DETECTORS, build_model
 from devices import choose_device, choose_precision
 from ecdet_model import SIZES
 from ecvit import fold
@@ -60,6 +60,7 @@ def build(arguments, device, classes=CLASSES, queries=300):
     config = DEFAULTS | dict(
         detector=arguments.detector, size=arguments.size, backbone=backbone, backbone_weights=None, num_classes=classes, num_queries=queries,
         hidden_dim=256, num_heads=8, ffn_dim=1024, encoder_layers=6, copies=100, decoder_layers={"ecdet": None, "dino": 6}.get(arguments.detector, 3),
+        attention=arguments.attention, distinct=arguments.distinct,
     )  # fmt: skip
     model, criterion, _ = build_model(config)
     return model.to(device, memory_format=torch.channels_last), criterion
@@ -314,6 +315,8 @@ def main():
     parser.add_argument("--detector", choices=DETECTORS, default="ecdet")
     parser.add_argument("--size", choices=SIZES, default="s", help="ECDet's (default s)")
     parser.add_argument("--backbone", metavar="NAME", help="default: the size's own, or ecvitt")
+    parser.add_argument("--attention", choices=ATTENTION, default=DEFAULTS["attention"], help="detr's, as train.py's")
+    parser.add_argument("--distinct", type=float, metavar="IOU", default=DEFAULTS["distinct"], help="detr's, as train.py's")
     parser.add_argument("--image-size", type=int, default=640, metavar="S", help="of inference (default 640)")
     parser.add_argument("--train-size", type=int, default=256, metavar="S", help="of the training step (default 256)")
     parser.add_argument("--batch-size", type=int, default=16, metavar="B", help="of the training step (default 16)")

@@ -78,7 +78,7 @@ def read_checkpoint(path):
 
 
 # What earlier versions, whose checkpoints don't have these settings, did without being asked
-EARLIER = {"exact_sides": False, "attention": "global", "distinct": None}
+EARLIER = {"exact_sides": False, "attention": "global", "distinct": 0.0}
 
 
 def settings_of(config):

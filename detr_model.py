@@ -26,8 +26,10 @@ from refinement import shift_boxes
 from ssd_model import build_ssd
 
 ANCHOR_CELLS = 4  # side of the boxes that the dense predictions start from
+ATTENTION = "local", "global"
 POINTS = 8  # that a head of local attention looks at
 CANDIDATES = 1000  # cells among which doubles are looked for, at least as many as there are queries
+ROUNDS = 5  # of looking for doubles, odd: so many boxes of a chain, each another's double, are told apart
 LATER = 10**6  # more than there can be candidates
 
 
@@ -187,8 +189,7 @@ class DETR(nn.Module):
 
 
 def select_distinct(scores, boxes, padding, count, overlap):
-    """The `count` best-scored boxes, where those that overlap a better one come after all others (DDQ, arXiv 2303.12776), and what is
-    padding last.
+    """The `count` best-scored boxes, where the doubles of better ones come after all others (DDQ, arXiv 2303.12776), and what is padding last.
 
     scores (B, N), boxes (B, N, 4) cxcywh, padding (B, N) with the lowest scores, overlap: IoU -> indices (B, count).
     """
@@ -201,12 +202,19 @@ def select_distinct(scores, boxes, padding, count, overlap):
 
 
 def is_double(boxes, overlap):
-    """boxes (B, M, 4) xyxy, best first -> (B, M), True where a better one's IoU is over `overlap`."""
+    """boxes (B, M, 4) xyxy, best first -> (B, M), True where the IoU with a better one that is no double itself is over `overlap`.
+
+    That is what a loop from the best to the worst would find. Here each round corrects the one before; after an odd number what is left
+    of a longer chain counts as double.
+    """
     low, high = boxes.mT.contiguous().unflatten(1, (2, 2)).unbind(1)  # (B, 2, M)
     pairs = torch.minimum(high[..., None], high[:, :, None]).sub_(torch.maximum(low[..., None], low[:, :, None])).clamp_(min=0)
     shared, area = pairs[:, 0].mul_(pairs[:, 1]), (high - low).prod(1) * (overlap / (1 + overlap))
-    overlaps = (shared > area[..., None] + area[:, None]).tril(-1)
-    return overlaps.any(-1)
+    overlaps = (shared > area[..., None] + area[:, None]).tril(-1).float()
+    double = overlaps.new_zeros(overlaps.shape[:2])
+    for _ in range(ROUNDS):
+        double = (overlaps @ (1 - double)[..., None] > 0)[..., 0].float()
+    return double > 0
 
 
 class PlainDETR(nn.Module):
@@ -216,14 +224,14 @@ class PlainDETR(nn.Module):
     taught as densely ("dense" in the outputs), which is what lets it learn from a few hundred images.
 
     attention: "local", POINTS samples a head around each query's box; "global", the whole map, as checkpoints of before
-    December 2026 have it. distinct: IoU from which on a box is another's double, see `select_distinct`; None: none is.
+    December 2026 have it. distinct: IoU from which on a box is another's double, see `select_distinct`; 0: none is.
     """
 
     def __init__(self, backbone, num_classes, num_queries=300, hidden_dim=256, num_heads=8, ffn_dim=1024,
                  decoder_layers=3, dropout=0.0, pyramid="own", attention="local", distinct=0.7):  # fmt: skip
         super().__init__()
-        if attention not in ("local", "global") or distinct is not None and not 0 < distinct < 1:
-            raise ValueError(f"attention={attention}, distinct={distinct}: local or global, an IoU between 0 and 1 or None")
+        if attention not in ATTENTION or not 0 <= distinct < 1:
+            raise ValueError(f"attention={attention}, distinct={distinct}: local or global; an IoU, or 0")
         self.num_queries, self.attention, self.distinct = num_queries, attention, distinct
         self.backbone = backbone
         self.pyramid = build_pyramid(backbone, pyramid, (8, 16, 32), hidden_dim)
@@ -273,7 +281,7 @@ class PlainDETR(nn.Module):
     def select(self, scores, boxes, padding):
         """scores and padding (B, N), boxes (B, N, 4) of the map's cells -> (B, Q): those that become queries."""
         count = min(self.num_queries, scores.shape[1])
-        return scores.topk(count, dim=1).indices if self.distinct is None else select_distinct(scores, boxes, padding, count, self.distinct)
+        return select_distinct(scores, boxes, padding, count, self.distinct) if self.distinct else scores.topk(count, dim=1).indices
 
     def class_layers(self):
         """What of the state dict has a row for each class, see checkpoint.copy_classes."""

@@ -253,7 +253,7 @@ def main():
     for name, value in figures.items():
         print(f"{name:24s} {value:.3f}" if value >= 0 else f"{name:24s} -")
     if arguments.doubles:
-        print(f"of the detections with a score of 0.4 or more, {doubles(found):.1%} are doubles: a better one of their class overlaps them by an IoU over 0.7")
+        print(f"of the detections with a score of 0.4 or more, {doubles(split, found):.1%} are doubles: a better one of their class overlaps them by an IoU over 0.7, and there is no second object")
         for iou in (0.5, 0.6, 0.7, 0.8, 0.9):
             fewer = measure(split, suppressed(found, iou))[0]
             print(f"NMS at IoU {iou}: " + ", ".join(f"{name} {fewer[name]:.3f} ({fewer[name] - figures[name]:+.3f})" for name in ("AP", "AP50")))

@@ -63,17 +63,17 @@ def worst(cases, count=12):
     return wrong[: count // 2] + missed[: count // 2]
 
 
-def doubles(found, threshold=0.4, iou=0.7):
-    """found: {index: detections} of evaluate.evaluate -> share of the detections of at least `threshold` that a better one of their class
-    overlaps by more than `iou`."""
-    double = total = 0
-    for detections in found.values():
-        keep = detections["scores"] >= threshold
-        scores, labels, boxes = (detections[key][keep] for key in ("scores", "labels", "boxes"))
-        better = (scores[:, None] < scores) & (labels[:, None] == labels)
-        double += int((better & (box_iou(boxes, boxes) > iou)).any(1).sum())
-        total += len(scores)
-    return double / max(1, total)
+def doubles(split, found, threshold=0.4, iou=0.7):
+    """-> share of the detections of at least `threshold` that a better one of their class overlaps by more than `iou`, with no object
+    of their own to show for it. Arguments as find_cases takes them."""
+    cases = [case for case in find_cases(split, found, threshold) if case.detected is not None]
+    double = 0
+    for case in cases:
+        if case.truth != case.detected:
+            detections = found[case.index]
+            better = detections["boxes"][(detections["scores"] > case.score) & (detections["labels"] == case.detected)]
+            double += bool((box_iou(torch.tensor([case.box]), better.cpu()) > iou).any())
+    return double / max(1, len(cases))
 
 
 def suppressed(found, iou):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from backbones import PYRAMIDS, find_spec
-from detr_model import DETECTORS
+from detr_model import ATTENTION, DETECTORS
 from devices import PRECISIONS, choose_device, choose_precision
 from ecdet_model import SIZES
 from errors import UserError
@@ -133,6 +133,8 @@ def build_parser(description):
     model.add_argument("--patch-resize", choices=["pinv", "bicubic"], help="how: by the pseudo-inverse of FlexiViT or like pictures (default pinv)")
     model.add_argument("--scales", type=int, choices=[4, 5], help="DINO's: 8 to 64 pixels, or 4 to 64 (default 4)")
     model.add_argument("--num-queries", type=int, metavar="Q", help="most objects that can be found in a picture (default: 100 to 300, ten times the most in a training picture, never under twice)")
+    model.add_argument("--attention", choices=ATTENTION, help="detr's: local, a few points around each query's box (default); global, the whole map, as before December 2026")
+    model.add_argument("--distinct", type=float, metavar="IOU", help="detr's: cells whose boxes overlap a better one's by more become queries after all others (default 0.7; 0: no such rule)")
     model.add_argument("--decoder-layers", type=int, metavar="N", help="(default 3, with ecvit-nano 2; meta: 6)")
     budget = parser.add_argument_group("budget (the first that is used up ends the run; the schedule follows it)")
     budget.add_argument("--epochs", type=int, metavar="N")
@@ -203,6 +205,8 @@ def settle(given, train, initial=None):
     for key in ("batch_size", "accumulate", "device_batch", "image_size", "num_queries", "decoder_layers", "patch_size", "epochs", "steps", "minutes", "patience"):
         if s[key] is not None and s[key] <= 0:
             raise UserError(f"--{key.replace('_', '-')} has to be more than 0, not {s[key]}")
+    if not 0 <= s["distinct"] < 1:
+        raise UserError(f"--distinct is an IoU under 1, or 0, not {s['distinct']}")
     refuse_ignored(s, given_by_user, spec, train.layout)
     nano = backbone == "ecvit-nano"
     batch = lambda: s["batch_size"] * s["accumulate"]
@@ -292,6 +296,8 @@ def refuse_ignored(s, given, spec, layout):
         ("val_split", layout != "json", no_parts),
         ("size", s["detector"] == "ecdet", "is ECDet's; add --detector ecdet"),
         ("scales", s["detector"] == "dino" and s["pyramid"] != "own", "is for a DINO over a pyramid; add --detector dino, leave out --pyramid own"),
+        ("attention", s["detector"] == "detr", "is for the default detector, detr"),
+        ("distinct", s["detector"] == "detr", "is for the default detector, detr"),
         ("decoder_layers", s["detector"] != "ssd", "an SSD has no decoder; leave it out"),
         ("patch_resize", resampled, "is for pretrained weights with a --patch-size that is not their own"),
         ("optimizer", given.get("optimizer") != "muon" or not s["init"], "Muon is for random weights, --init leaves none"),

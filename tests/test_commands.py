@@ -89,11 +89,12 @@ def test_infer_writes_pictures_and_coco_results(finished_run, tiny_data):
 
 def test_evaluate_gives_the_figures_of_the_run(finished_run, tiny_data):
     _, folder, _ = finished_run
-    process = command("evaluate.py", folder / "best.pth", "--batch-size", 4)
+    process = command("evaluate.py", folder / "best.pth", "--batch-size", 4, "--doubles")
     assert process.returncode == 0, process.stderr
     figures = dict(line.rsplit(maxsplit=1) for line in process.stdout.splitlines())
     best = max(json.loads(line).get("AP", -1) for line in (folder / "log.jsonl").read_text().splitlines())
     assert float(figures["AP"]) == pytest.approx(best, abs=1e-3)
+    assert " are doubles: " in process.stdout and all(f"NMS at IoU {iou}: AP 0." in process.stdout for iou in (0.5, 0.7, 0.9))
     assert {"AP50", "AR_100", "class/kind 7", "class/kind 300"} <= set(figures) and figures["class/kind 90001"] == "-"
 
 

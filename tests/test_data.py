@@ -8,13 +8,17 @@ import pytest
 import torch
 from conftest import write_coco
 from PIL import Image
+from test_commands import called
 from torchvision import tv_tensors
+from torchvision.ops import box_iou
 
+import demo_data
 from datasets import DetectionDataset, EndlessBatches, by_proportions, collate, read_image, reduction
 from demo_data import CLASSES, draw_picture, make_demo, overlap
 from errors import UserError
 from evaluate import measure
 from layouts import Record, Split, load_splits
+from settings import choose_image_size
 from train import augmentation_phase
 from transforms import MEAN, STD, eval_transforms, mix_up, mosaic, train_transforms
 
@@ -447,3 +451,22 @@ def test_the_demo_is_as_it_says(tmp_path):
             assert all(overlap((x, y, w, h), other) <= 0.2 for other in boxes[:j])
     assert seen == set(range(5))
     shutil.rmtree(tmp_path / "again")
+
+
+def test_tiny_shapes_and_crowds_are_drawn_by_a_command(tmp_path, monkeypatch, capsys):
+    for kind, sides, overlaps in (("tiny", (5, 15), (0, 0.12)), ("crowds", (0.15 * 224, 0.27 * 224), (0.7, 0.8))):
+        arguments = [kind, "--out", tmp_path / kind, "--train", 12, "--val", 2]
+        status, out, err = called(demo_data.main, arguments, monkeypatch, capsys)
+        assert status == 0 and f"{tmp_path / kind}: 12 + 2 images" in out, err
+        train, val = load_splits(tmp_path / kind)
+        assert len(train.records) == 12 and len(val.records) == 2 and train.most_objects > 15
+        largest = 0.0
+        for record in train.records:
+            longest = (record.boxes[:, 2:] - record.boxes[:, :2]).max(1)
+            assert sides[0] <= longest.min() and longest.max() <= sides[1]
+            pairs = box_iou(*[torch.from_numpy(record.boxes)] * 2).fill_diagonal_(0)
+            largest = max(largest, float(pairs.max()))
+        assert overlaps[0] <= largest <= overlaps[1]
+        assert choose_image_size(train, 224) == 224  # what is so many pixels in the file is so many for the network
+        status, _, err = called(demo_data.main, arguments, monkeypatch, capsys)
+        assert status == 2 and "is there already" in err

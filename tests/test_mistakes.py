@@ -15,7 +15,7 @@ import evaluate
 import plots
 import train
 from layouts import Split, make_record, load_splits
-from mistakes import Case, confusion, find_cases, worst
+from mistakes import Case, confusion, doubles, find_cases, suppressed, worst
 
 
 def a_split():
@@ -44,6 +44,23 @@ def test_every_detection_and_object_is_told_apart():
     assert counts[:2].sum() == 3  # each object that counts once
     assert [(c.detected, round(c.score, 1)) for c in worst(cases)] == [(0, 0.8), (0, 0.7), (1, 0.6), (None, 0.0)]
     assert worst(cases, 2)[1].box == [40, 0, 70, 30]
+
+
+def test_a_double_has_no_object_of_its_own():
+    rows = [(0, 0, 20, 20, 0, 400, False), (2, 0, 22, 20, 0, 400, False), (40, 0, 60, 20, 1, 400, False)]  # two cats that overlap by 0.82, and a dog
+    split = Split("val", ["cat", "dog"], [1, 2], [make_record(1, Path("a.png"), (80, 60), rows)])
+    both, dog = ([0, 0, 20, 20, 0, 0.9], [2, 0, 22, 20, 0, 0.8]), [40, 0, 60, 20, 1, 0.7]
+    assert doubles(split, {0: detections(*both, dog)}) == 0
+    again, unsure, other, apart = [1, 0, 21, 20, 0, 0.6], [1, 0, 21, 20, 0, 0.3], [1, 0, 21, 20, 1, 0.6], [40, 8, 60, 28, 1, 0.6]
+    assert doubles(split, {0: detections(*both, dog, again)}) == 1 / 4
+    assert doubles(split, {0: detections(*both, dog, unsure, other, apart)}) == 0
+    assert doubles(split, {0: detections()}) == 0
+
+
+def test_suppressed_are_those_that_a_better_one_of_their_class_overlaps():
+    found = {0: detections([0, 0, 20, 20, 0, 0.5], [2, 0, 22, 20, 0, 0.8], [2, 0, 22, 20, 1, 0.7]), 3: detections()}
+    assert suppressed(found, 0.9)[0]["scores"].tolist() == pytest.approx([0.8, 0.7, 0.5]) and len(suppressed(found, 0.9)[3]["scores"]) == 0
+    assert suppressed(found, 0.7)[0]["scores"].tolist() == pytest.approx([0.8, 0.7]) and suppressed(found, 0.7)[0]["labels"].tolist() == [0, 1]
 
 
 def test_a_detection_of_the_right_class_goes_before_a_nearer_one():

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from errors import UserError
-from settings import build_parser, settle
+from settings import DEFAULTS, build_parser, settle
 from train import build_optimizers, learning_rate_factor, pieces_of_a_batch, update_average
 
 
@@ -104,6 +104,12 @@ def test_an_option_of_the_architecture_is_refused_beside_a_checkpoint():
     for option in ({"layers": "11"}, {"pyramid": "own"}, {"patch_size": 14}, {"backbone_weights": "none"}):
         with pytest.raises(UserError, match="leave it out"):
             settle(given | option, pictures(800), initial)
+    with pytest.raises(UserError, match="--attention local: .*leave it out"):  # the weights are of one kind; how queries are chosen is not weights
+        settle({"data": "mine", "init": "best.pth", "attention": "local"}, pictures(800), OF_INIT | {"attention": "global", "distinct": 0.0})
+    s = settle({"data": "mine", "init": "best.pth"}, pictures(800), OF_INIT | {"attention": "global", "distinct": 0.0})
+    assert s["attention"] == "global" and s["distinct"] == DEFAULTS["distinct"]
+    with pytest.raises(UserError, match="--distinct is an IoU"):
+        settle({"data": "mine", "distinct": 1.5}, pictures(800))
 
 
 # What an option needs so that it isn't ignored: what it is given as, and settings beside which it would be. None: it always counts.
@@ -112,6 +118,7 @@ NEEDS = {
     "scales": (4, {"detector": "detr"}), "decoder_layers": (2, {"detector": "ssd"}), "patch_resize": ("pinv", {"backbone": "dinov2-small"}),
     "layers": ("2", {"backbone": "ecvitt"}), "patch_size": (16, {"backbone": "ecvitt"}), "pyramid": ("own", {"init": "x"}), "optimizer": ("muon", {"init": "x"}),
     "backbone": ("ecvits", {"init": "x"}), "backbone_weights": ("none", {"init": "x"}), "detector": ("ssd", {"init": "x"}),
+    "attention": ("global", {"detector": "dino"}), "distinct": (0.5, {"detector": "ecdet"}),
     "backbone_lr": (1e-5, {"freeze_backbone": "all"}), "layer_decay": (0.8, {"freeze_backbone": "all"}), "shard": (True, {}),
 }  # fmt: skip
 ALWAYS = {

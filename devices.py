@@ -17,7 +17,7 @@ def choose_device(local_rank=None):
 
 
 def choose_precision(asked, device, training=True):
-    """"auto" -> bfloat16 where matrix units take it, float16 on other GPUs that have such units, else float32; a CPU detects
+    """"auto" -> bfloat16 where the processor multiplies in it, float16 on other GPUs that have such units, else float32; a CPU detects
     in float32. Anything else stays. Also allows TF32 in what float32 remains, unless float32 was asked for. Raises UserError."""
     if asked not in ("auto", *PRECISIONS):
         raise UserError(f"--precision {asked}: it is auto, {', '.join(PRECISIONS)}")
@@ -30,9 +30,8 @@ def choose_precision(asked, device, training=True):
         return "bfloat16"
     if device.type == "cuda":  # T4, V100; before them float16 was slow
         return "float16" if torch.cuda.get_device_capability(device) >= (7, 0) else "float32"
-    # AVX-512's own bfloat16 is no faster than float32; AMX's is.
-    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    return "bfloat16" if device.type == "cpu" and training and has_amx() else "float32"
+    multiplies = any(getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("amx_tile", "avx512_bf16"))  # elsewhere it is emulated
+    return "bfloat16" if device.type == "cpu" and training and multiplies else "float32"
 
 
 def autocast(precision, device):

@@ -89,7 +89,8 @@ def test_infer_writes_pictures_and_coco_results(finished_run, tiny_data):
 
 def test_evaluate_gives_the_figures_of_the_run(finished_run, tiny_data):
     _, folder, _ = finished_run
-    process = command("evaluate.py", folder / "best.pth", "--batch-size", 4, "--doubles")
+    precision = json.loads((folder / "config.json").read_text())["precision"]  # a CPU may have trained in bfloat16
+    process = command("evaluate.py", folder / "best.pth", "--batch-size", 4, "--doubles", "--precision", precision)
     assert process.returncode == 0, process.stderr
     figures = dict(line.rsplit(maxsplit=1) for line in process.stdout.splitlines())
     best = max(json.loads(line).get("AP", -1) for line in (folder / "log.jsonl").read_text().splitlines())

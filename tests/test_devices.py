@@ -27,10 +27,11 @@ def test_a_gpu_computes_in_what_it_is_fast_at(bfloat16, capability, training, de
 
 
 def test_a_cpu_detects_in_float32_unless_it_is_told_otherwise(monkeypatch):
-    for amx in (True, False):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    for amx, avx512 in ((True, True), (True, False), (False, True), (False, False)):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512, raising=False)
         assert choose_precision("auto", CPU, training=False) == "float32"
-        assert choose_precision("auto", CPU) == ("bfloat16" if amx else "float32")
+        assert choose_precision("auto", CPU) == ("bfloat16" if amx or avx512 else "float32")
         assert choose_precision("bfloat16", CPU, training=False) == "bfloat16"
     with pytest.raises(UserError, match="--precision int8: it is auto, float32"):
         choose_precision("int8", CPU)

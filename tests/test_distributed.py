@@ -18,7 +18,8 @@ from detr_model import build_model
 from test_commands import SMALL, command
 from test_speed import CONFIG
 
-BACKBONE = ["--backbone", "dinov3-vits16", "--backbone-weights", "none", "--image-size", "48", "--num-queries", "10", "--batch-size", "4"]  # no batch norms, so that losses are those of one process
+# no batch norms, and float32, so that losses are those of one process
+BACKBONE = ["--backbone", "dinov3-vits16", "--backbone-weights", "none", "--image-size", "48", "--num-queries", "10", "--batch-size", "4", "--precision", "float32"]
 
 
 def torchrun(processes, *arguments, cwd):

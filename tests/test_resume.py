@@ -70,6 +70,27 @@ def test_a_run_from_pretrained_weights_is_resumed_to_the_bit(detector, weights, 
     same_weights(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_a_run_of_before_local_attention_goes_on_as_it_was(tiny_data, tmp_path, monkeypatch, capsys):
+    """Its settings know neither of attention nor of doubles. Fine-tuned, it keeps its attention, and its queries are kept apart."""
+    run, arguments = tmp_path / "parts", ["--data", tiny_data, *TINY, "--attention", "global", "--distinct", 0, "--steps", 6, "--eval-every", 99]
+    status, _, error = called(train.main, [*arguments, "--out", tmp_path / "whole"], monkeypatch, capsys)
+    assert status == 0, error
+    with monkeypatch.context() as patch:
+        interrupted_at({2}, patch)
+        status, _, error = called(train.main, [*arguments, "--out", run], monkeypatch, capsys)
+    assert status == 130, error
+    saved = torch.load(run / "last.pth", weights_only=True)
+    assert (saved["config"].pop("attention"), saved["config"].pop("distinct")) == ("global", 0.0)
+    torch.save(saved, run / "last.pth")
+    status, _, error = called(train.main, ["--resume", run], monkeypatch, capsys)
+    assert status == 0, error
+    same_weights(tmp_path / "whole", run)
+    status, _, error = called(train.main, ["--data", tiny_data, "--init", run / "best.pth", "--steps", 1, "--out", tmp_path / "tuned"], monkeypatch, capsys)
+    assert status == 0, error
+    config = json.loads((tmp_path / "tuned" / "config.json").read_text())
+    assert (config["attention"], config["distinct"]) == ("global", DEFAULTS["distinct"])
+
+
 def test_norms_that_came_with_weights_stay_frozen_however_the_model_is_built(weights):
     config = DEFAULTS | dict(detector="detr", backbone="ecvit-nano", num_classes=2, num_queries=10, hidden_dim=32, num_heads=2, ffn_dim=32, decoder_layers=1)
     for settings, frozen in (

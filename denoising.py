@@ -61,6 +61,18 @@ def make_denoising(targets, num_classes, num_queries, copies=100):
     return Denoising(labels, boxes, blocked, matches)
 
 
+def join(noisy, embedding, queries, boxes):
+    """Denoising or None, an embedding of K + 1 labels, queries (B, Q, C) and boxes (B, Q, 4) -> the same with the copies before them, and
+    what to add to the scores of attention among all of them, (D + Q, D + Q) or None."""
+    if noisy is None:
+        return queries, boxes, None
+    copies, everything = noisy.blocked.shape
+    blocked = torch.cat([noisy.blocked, noisy.blocked.new_zeros(everything - copies, everything)])
+    blocked[copies:, :copies] = True
+    bias = torch.zeros(blocked.shape, device=queries.device).masked_fill(blocked, -torch.inf)
+    return torch.cat([embedding(noisy.labels).to(queries.dtype), queries], dim=1), torch.cat([noisy.boxes, boxes], dim=1), bias
+
+
 def split_queries(layers, count):
     """layers: [{name: (B, Q, ...)}] -> the same of the first `count` queries, and of the others."""
     parts = [{key: value.split([count, value.shape[1] - count], dim=1) for key, value in layer.items()} for layer in layers]

@@ -119,11 +119,11 @@ class SetCriterion(nn.Module):
         total = share_of(sum(sizes), device) if objects is None else mean_of(objects, device)
         indices = to_device(number_in_batch(sizes, *self.matcher(logits, boxes, targets)), device)
         losses = self.losses(logits, boxes, indices, targets, suffixes, total)
-        if "denoising" in outputs:
+        if outputs.get("denoising"):
             suffixes, logits, boxes = stack_layers(outputs["denoising"])
             matches = repeat_matches(outputs["denoising"]["matches"], len(suffixes))
             losses |= self.losses(logits, boxes, matches, targets, [f"{suffix}_dn" for suffix in suffixes], share_of(len(matches[0]) // len(suffixes), device))
-        elif "enc" in outputs:  # no copies, as there is no object here; other processes may have some, and all have to meet
+        elif "enc" in outputs or "denoising" in outputs:  # no copies, as there is no object here; other processes may have some, and all have to meet
             share_of(0, device)
         if "dense" in outputs:
             logits, boxes = (outputs["dense"][key][None].float() for key in ("pred_logits", "pred_boxes"))

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from backbones import backbone_of, build_pyramid
 from deformable import ProjectedDeformableAttention
+from denoising import join, make_denoising, split_queries
 from detr_loss import HungarianMatcher, PostProcess, SetCriterion, to_xyxy
 from dino_model import build_dino
 from ecdet_model import build_ecdet
@@ -126,10 +127,10 @@ class DecoderLayer(nn.Module):
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x, query_pos, *memory):
-        """x, query_pos (B, Q, C), memory: what the cross-attention takes after its query -> (B, Q, C)."""
+    def forward(self, x, query_pos, memory, bias=None):
+        """x, query_pos (B, Q, C); memory: what the cross-attention takes after its query; bias, of the self-attention: see Attention -> (B, Q, C)."""
         q = x + query_pos
-        x = self.norm1(x + self.dropout(self.self_attn(q, q, x)))
+        x = self.norm1(x + self.dropout(self.self_attn(q, q, x, bias)))
         x = self.norm2(x + self.dropout(self.cross_attn(x + query_pos, *memory)))
         return self.norm3(x + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x))))))
 
@@ -178,7 +179,7 @@ class DETR(nn.Module):
         queries = torch.zeros_like(query_pos)
         placed, outputs = memory + memory_pos, []
         for layer in self.decoder:
-            queries = layer(queries, query_pos, placed, memory, bias)
+            queries = layer(queries, query_pos, (placed, memory, bias))
             x = self.norm(queries)
             outputs.append({"pred_logits": in_float32(self.class_head, x), "pred_boxes": in_float32(self.box_head, x).sigmoid()})
         return {**outputs[-1], "aux_outputs": outputs[:-1]}
@@ -224,15 +225,15 @@ class PlainDETR(nn.Module):
     taught as densely ("dense" in the outputs), which is what lets it learn from a few hundred images.
 
     attention: "local", POINTS samples a head around each query's box; "global", the whole map, as checkpoints of before
-    December 2026 have it. distinct: IoU from which on a box is another's double, see `select_distinct`; 0: none is.
+    December 2026 have it. copies: see make_denoising, 0 for none. distinct: IoU from which on a box is another's double, see `select_distinct`; 0: none is.
     """
 
     def __init__(self, backbone, num_classes, num_queries=300, hidden_dim=256, num_heads=8, ffn_dim=1024,
-                 decoder_layers=3, dropout=0.0, pyramid="own", attention="local", distinct=0.7):  # fmt: skip
+                 decoder_layers=3, dropout=0.0, pyramid="own", attention="local", distinct=0.7, copies=40):  # fmt: skip
         super().__init__()
         if attention not in ATTENTION or not 0 <= distinct < 1:
             raise ValueError(f"attention={attention}, distinct={distinct}: local or global; an IoU, or 0")
-        self.num_queries, self.attention, self.distinct = num_queries, attention, distinct
+        self.num_queries, self.attention, self.distinct, self.copies = num_queries, attention, distinct, copies
         self.backbone = backbone
         self.pyramid = build_pyramid(backbone, pyramid, (8, 16, 32), hidden_dim)
         self.neck = Neck(self.pyramid.channels, self.pyramid.strides, hidden_dim)
@@ -240,6 +241,7 @@ class PlainDETR(nn.Module):
         self.dense_class = nn.Linear(hidden_dim, num_classes)
         self.dense_box = Mlp(hidden_dim, hidden_dim, 4, 3)
         self.query_pos = Mlp(2 * hidden_dim, hidden_dim, hidden_dim, 2)
+        self.denoising_class_embed = nn.Embedding(num_classes + 1, hidden_dim, padding_idx=num_classes) if copies else None
         look = lambda: ProjectedDeformableAttention(hidden_dim, num_heads, [POINTS]) if attention == "local" else None
         self.layers = nn.ModuleList(DecoderLayer(hidden_dim, num_heads, ffn_dim, dropout, look()) for _ in range(decoder_layers))
         self.class_heads = nn.ModuleList(nn.Linear(hidden_dim, num_classes) for _ in range(decoder_layers))
@@ -268,15 +270,20 @@ class PlainDETR(nn.Module):
         else:
             placed = memory + grid_embedding(y[:, :, None].expand(-1, -1, size[1]), x[:, None].expand(-1, size[0], -1), memory.shape[-1]).to(memory.dtype)
             looked_at = placed, memory, padding_bias(padding) if padded else None
+        noisy = make_denoising(targets, dense["pred_logits"].shape[-1], queries.shape[1], self.copies) if self.copies and self.training and targets else None
+        queries, boxes, bias = join(noisy, self.denoising_class_embed, queries, boxes)
         outputs = []
         for layer, class_head, box_head in zip(self.layers, self.class_heads, self.box_heads):
             boxes = boxes.detach()  # each layer answers for its own refinement only
             query_pos = self.query_pos(sine_embedding(boxes[..., [1, 0, 3, 2]], memory.shape[-1] // 2).flatten(2))
-            around = (boxes, *looked_at) if self.attention == "local" else looked_at
-            queries = layer(queries, query_pos, *around)
+            queries = layer(queries, query_pos, (boxes, *looked_at) if self.attention == "local" else looked_at, bias)
             boxes = shift_boxes(boxes, in_float32(box_head, queries))
             outputs.append({"pred_logits": in_float32(class_head, queries), "pred_boxes": boxes})
-        return {**outputs[-1], "aux_outputs": outputs[:-1], "dense": dense}
+        of_copies, outputs = split_queries(outputs, queries.shape[1] - best.shape[1])
+        found = {**outputs[-1], "aux_outputs": outputs[:-1], "dense": dense}
+        if self.copies and self.training:
+            found["denoising"] = noisy and {**of_copies[-1], "aux_outputs": of_copies[:-1], "matches": noisy.matches}
+        return found
 
     def select(self, scores, boxes, padding):
         """scores and padding (B, N), boxes (B, N, 4) of the map's cells -> (B, Q): those that become queries."""
@@ -285,7 +292,7 @@ class PlainDETR(nn.Module):
 
     def class_layers(self):
         """What of the state dict has a row for each class, see checkpoint.copy_classes."""
-        return {"dense_class": ONE_ROW_EACH, "class_heads": ONE_ROW_EACH}
+        return dict.fromkeys(("dense_class", "class_heads", "denoising_class_embed"), ONE_ROW_EACH)
 
     def dense_predictions(self, memory, y, x, cell, padding):
         """Class logits (B, N, K) and a box (B, N, 4) from every pixel of the memory (B, N, C); the padding scores nothing.
@@ -312,7 +319,7 @@ def build_plain_detr(backbone, config):
     sizes = (config[key] for key in ("num_classes", "num_queries", "hidden_dim", "num_heads", "ffn_dim"))
     model = PlainDETR(
         backbone, *sizes, decoder_layers=config["decoder_layers"], dropout=config["dropout"], pyramid=config.get("pyramid") or "own",
-        attention=config["attention"], distinct=config["distinct"],
+        attention=config["attention"], distinct=config["distinct"], copies=config["copies"] or 0,
     )  # fmt: skip
     matcher = HungarianMatcher(class_cost=2, bbox_cost=5, giou_cost=2)
     return model, SetCriterion(matcher, class_loss="quality"), PostProcess("quality")

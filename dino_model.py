@@ -11,7 +11,7 @@ from torch import nn
 
 from backbones import build_pyramid
 from deformable import ProjectedDeformableAttention
-from denoising import make_denoising, split_queries
+from denoising import join, make_denoising, split_queries
 from detr_loss import HungarianMatcher, PostProcess, SetCriterion
 from layers import ONE_ROW_EACH, Attention, Mlp, in_float32, sine_embedding, small_tensor, unpadded_size
 
@@ -109,14 +109,8 @@ class DINO(nn.Module):
         enc = {"pred_logits": pick(scores), "pred_boxes": boxes}
         boxes, x = boxes.detach(), self.content.weight[: best.shape[1]].expand(images.shape[0], -1, -1)
 
-        copies, bias = 0, None
-        noisy = make_denoising(targets, scores.shape[-1], x.shape[1], self.copies) if self.training and targets else None
-        if noisy:
-            x = torch.cat([self.denoising_class_embed(noisy.labels).to(x.dtype), x], dim=1)
-            boxes, copies = torch.cat([noisy.boxes, boxes], dim=1), noisy.labels.shape[1]
-            blocked = torch.cat([noisy.blocked, noisy.blocked.new_zeros(x.shape[1] - copies, x.shape[1])])
-            blocked[copies:, :copies] = True
-            bias = torch.zeros(blocked.shape, device=x.device).masked_fill(blocked, -torch.inf)
+        noisy = make_denoising(targets, scores.shape[-1], x.shape[1], self.copies) if self.copies and self.training and targets else None
+        x, boxes, bias = join(noisy, self.denoising_class_embed, x, boxes)
         outputs, before = [], boxes
         for layer, class_head, box_head in zip(self.decoder, self.class_heads, self.box_heads):
             query_pos = self.query_pos(sine_embedding(boxes[..., [1, 0, 3, 2]], x.shape[-1] // 2).flatten(2).to(x.dtype))
@@ -129,7 +123,7 @@ class DINO(nn.Module):
             boxes = before.detach()
         if not self.training:
             return {**outputs[-1], "aux_outputs": []}
-        of_copies, of_queries = split_queries(outputs, copies)
+        of_copies, of_queries = split_queries(outputs, x.shape[1] - best.shape[1])
         found = {**of_queries[-1], "aux_outputs": of_queries[:-1], "enc": enc}
         if noisy:
             found["denoising"] = {**of_copies[-1], "aux_outputs": of_copies[:-1], "matches": noisy.matches}

@@ -40,7 +40,8 @@ DEFAULTS = dict(
     layers=None, patch_size=None, patch_resize="pinv",  # a plain ViT's, see backbones.build_backbone
     num_queries=None,
     hidden_dim=None, num_heads=None, ffn_dim=None, encoder_layers=None, decoder_layers=None, dropout=0.0,
-    scales=4, copies=None,  # DINO's; its noisy queries
+    scales=4,  # DINO's
+    copies=None,  # detr's and DINO's, see denoising.make_denoising
     attention="local", distinct=0.7,  # detr's, see detr_model.PlainDETR
     # budget: whichever ends first
     epochs=None, steps=None, minutes=None,
@@ -94,7 +95,7 @@ ECDET = {
 
 ARCHITECTURE = (
     "detector", "size", "backbone", "pyramid", "layers", "patch_size", "hidden_dim", "num_heads", "ffn_dim", "encoder_layers", "decoder_layers",
-    "scales", "attention",
+    "scales", "attention", "copies",
 )  # fmt: skip  # what --init decides
 QUERIES_ARE_WEIGHTS = ("detr-2020", "dino")  # elsewhere they are selected, as many as one likes
 
@@ -135,6 +136,7 @@ def build_parser(description):
     model.add_argument("--num-queries", type=int, metavar="Q", help="most objects that can be found in a picture (default: 100 to 300, ten times the most in a training picture, never under twice)")
     model.add_argument("--attention", choices=ATTENTION, help="detr's: local, a few points around each query's box (default); global, the whole map, as before December 2026")
     model.add_argument("--distinct", type=float, metavar="IOU", help="detr's: cells whose boxes overlap a better one's by more become queries after all others (default 0.7; 0: no such rule)")
+    model.add_argument("--copies", type=int, metavar="N", help="detr's and DINO's: noisy copies of the objects that training adds to the queries (default 40, larger DINOs 100; 0: none)")
     model.add_argument("--decoder-layers", type=int, metavar="N", help="(default 3, with ecvit-nano 2; meta: 6)")
     budget = parser.add_argument_group("budget (the first that is used up ends the run; the schedule follows it)")
     budget.add_argument("--epochs", type=int, metavar="N")
@@ -205,6 +207,8 @@ def settle(given, train, initial=None):
     for key in ("batch_size", "accumulate", "device_batch", "image_size", "num_queries", "decoder_layers", "patch_size", "epochs", "steps", "minutes", "patience"):
         if s[key] is not None and s[key] <= 0:
             raise UserError(f"--{key.replace('_', '-')} has to be more than 0, not {s[key]}")
+    if (s["copies"] or 0) < 0:
+        raise UserError(f"--copies has to be 0 or more, not {s['copies']}")
     if not 0 <= s["distinct"] < 1:
         raise UserError(f"--distinct is an IoU under 1, or 0, not {s['distinct']}")
     refuse_ignored(s, given_by_user, spec, train.layout)
@@ -229,6 +233,8 @@ def settle(given, train, initial=None):
     if s["detector"] == "dino":
         choose("encoder_layers", 1 if nano else 6)
         choose("copies", 40 if nano else 100)
+    if s["detector"] == "detr":
+        choose("copies", 0 if initial else 40)
     choose("image_size", 128 if demo else choose_image_size(train, 224 if nano else 640))
     published = s["augment"] == "strong" and pictures >= 50000  # as many pictures as the recipe was made for, or nearly
     of_ecdet = ECDET[s["size"] or "s"]
@@ -297,6 +303,7 @@ def refuse_ignored(s, given, spec, layout):
         ("size", s["detector"] == "ecdet", "is ECDet's; add --detector ecdet"),
         ("scales", s["detector"] == "dino" and s["pyramid"] != "own", "is for a DINO over a pyramid; add --detector dino, leave out --pyramid own"),
         ("attention", s["detector"] == "detr", "is for the default detector, detr"),
+        ("copies", s["detector"] in ("detr", "dino"), "is for detr and dino; an ECDet's size decides them, the others have none"),
         ("distinct", s["detector"] == "detr", "is for the default detector, detr"),
         ("decoder_layers", s["detector"] != "ssd", "an SSD has no decoder; leave it out"),
         ("patch_resize", resampled, "is for pretrained weights with a --patch-size that is not their own"),

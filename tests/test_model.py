@@ -246,3 +246,24 @@ def test_a_query_of_the_default_looks_around_its_box_alone():
     near[:, 6:11, 6:11] = 9.0
     was, with_far, with_near = (attention(query, box, m.flatten(1, 2) if m.ndim == 4 else m, [(32, 32)], share) for m in (memory, far, near))
     assert torch.equal(was, with_far) and not torch.allclose(was, with_near, atol=1e-3)
+
+
+def test_noisy_copies_do_not_change_what_the_defaults_queries_find():
+    torch.manual_seed(0)
+    model = PlainDETR(FixedFeatures([torch.randn(2, 8, 12, 8)], [8]), 3, 20, 32, 2, 64, 2, copies=12).train()
+    for p in model.parameters():  # heads start at zero
+        torch.nn.init.normal_(p, std=0.05) if p.ndim > 1 else None
+    images, mask = torch.zeros(2, 3, 96, 64), torch.zeros(2, 96, 64, dtype=torch.bool)
+    targets = [{"labels": torch.tensor([0, 2]), "boxes": torch.rand(2, 4) * 0.4 + 0.1}, {"labels": torch.tensor([1]), "boxes": torch.rand(1, 4) * 0.4 + 0.1}]
+    nothing = [{"labels": torch.zeros(0, dtype=torch.long), "boxes": torch.zeros(0, 4)}] * 2
+    alone, beside = model(images, mask, nothing), model(images, mask, targets)
+    assert alone["denoising"] is None and beside["denoising"]["pred_boxes"].shape == (2, 24, 4)  # six groups of two copies of two objects
+    for key in ("pred_boxes", "pred_logits"):
+        torch.testing.assert_close(alone[key], beside[key], atol=1e-5, rtol=0)
+        torch.testing.assert_close(alone["aux_outputs"][0][key], beside["aux_outputs"][0][key], atol=1e-5, rtol=0)
+    criterion = SetCriterion(HungarianMatcher(class_cost=2))
+    losses, without = criterion(beside, targets), criterion(alone, nothing)
+    assert {"loss_class_dn", "loss_bbox_aux_0_dn", "loss_giou_dense"} <= losses.keys() and not any("_dn" in name for name in without)
+    assert all(torch.isfinite(value) for value in [*losses.values(), *without.values()])
+    assert "denoising" not in model.eval()(images, mask) and "denoising_class_embed" in dict(model.named_children())
+    assert not any("denoising" in name for name in PlainDETR(FixedFeatures([torch.zeros(1, 8, 4, 4)], [8]), 3, 5, 32, 2, 64, copies=0).state_dict())

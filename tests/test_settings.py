@@ -107,7 +107,7 @@ def test_an_option_of_the_architecture_is_refused_beside_a_checkpoint():
     with pytest.raises(UserError, match="--attention local: .*leave it out"):  # the weights are of one kind; how queries are chosen is not weights
         settle({"data": "mine", "init": "best.pth", "attention": "local"}, pictures(800), OF_INIT | {"attention": "global", "distinct": 0.0})
     s = settle({"data": "mine", "init": "best.pth"}, pictures(800), OF_INIT | {"attention": "global", "distinct": 0.0})
-    assert s["attention"] == "global" and s["distinct"] == DEFAULTS["distinct"]
+    assert (s["attention"], s["copies"], s["distinct"]) == ("global", 0, DEFAULTS["distinct"])
     with pytest.raises(UserError, match="--distinct is an IoU"):
         settle({"data": "mine", "distinct": 1.5}, pictures(800))
 
@@ -118,7 +118,7 @@ NEEDS = {
     "scales": (4, {"detector": "detr"}), "decoder_layers": (2, {"detector": "ssd"}), "patch_resize": ("pinv", {"backbone": "dinov2-small"}),
     "layers": ("2", {"backbone": "ecvitt"}), "patch_size": (16, {"backbone": "ecvitt"}), "pyramid": ("own", {"init": "x"}), "optimizer": ("muon", {"init": "x"}),
     "backbone": ("ecvits", {"init": "x"}), "backbone_weights": ("none", {"init": "x"}), "detector": ("ssd", {"init": "x"}),
-    "attention": ("global", {"detector": "dino"}), "distinct": (0.5, {"detector": "ecdet"}),
+    "attention": ("global", {"detector": "dino"}), "distinct": (0.5, {"detector": "ecdet"}), "copies": (20, {"detector": "ecdet"}),
     "backbone_lr": (1e-5, {"freeze_backbone": "all"}), "layer_decay": (0.8, {"freeze_backbone": "all"}), "shard": (True, {}),
 }  # fmt: skip
 ALWAYS = {

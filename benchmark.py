@@ -59,7 +59,7 @@ def build(arguments, device, classes=CLASSES, queries=300):
     backbone = arguments.backbone or (SIZES[arguments.size]["backbone"] if arguments.detector == "ecdet" else "ecvitt")
     config = DEFAULTS | dict(
         detector=arguments.detector, size=arguments.size, backbone=backbone, backbone_weights=None, num_classes=classes, num_queries=queries,
-        hidden_dim=256, num_heads=8, ffn_dim=1024, encoder_layers=6, copies=100, decoder_layers={"ecdet": None, "dino": 6}.get(arguments.detector, 3),
+        hidden_dim=256, num_heads=8, ffn_dim=1024, encoder_layers=6, copies=arguments.copies, decoder_layers={"ecdet": None, "dino": 6}.get(arguments.detector, 3),
         attention=arguments.attention, distinct=arguments.distinct,
     )  # fmt: skip
     model, criterion, _ = build_model(config)
@@ -317,6 +317,7 @@ def main():
     parser.add_argument("--backbone", metavar="NAME", help="default: the size's own, or ecvitt")
     parser.add_argument("--attention", choices=ATTENTION, default=DEFAULTS["attention"], help="detr's, as train.py's")
     parser.add_argument("--distinct", type=float, metavar="IOU", default=DEFAULTS["distinct"], help="detr's, as train.py's")
+    parser.add_argument("--copies", type=int, metavar="N", help="detr's and DINO's, as train.py's (default 40, DINO's 100)")
     parser.add_argument("--image-size", type=int, default=640, metavar="S", help="of inference (default 640)")
     parser.add_argument("--train-size", type=int, default=256, metavar="S", help="of the training step (default 256)")
     parser.add_argument("--batch-size", type=int, default=16, metavar="B", help="of the training step (default 16)")
@@ -326,6 +327,8 @@ def main():
     parser.add_argument("--growth", metavar="FILE", help="draws how a training step grows")
     parser.add_argument("--memory", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.copies is None:
+        arguments.copies = 100 if arguments.detector == "dino" else 40
     device = choose_device()
     torch.manual_seed(0)
     precisions = [torch.float32] + [torch.bfloat16] * (choose_precision("auto", device) == "bfloat16")

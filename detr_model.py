@@ -198,7 +198,7 @@ def select_distinct(scores, boxes, padding, count, overlap):
     candidates = to_xyxy(boxes.gather(1, best[..., None].expand(-1, -1, 4)))
     in_cache = boxes.device.type == "cpu" and not torch.compiler.is_exporting()  # the pairs of one image at a time
     double = torch.cat([is_double(part, overlap) for part in (candidates.split(1) if in_cache else [candidates])]) | padding.gather(1, best)
-    place = torch.arange(best.shape[1], device=best.device)
+    place = torch.arange(best.shape[1], dtype=torch.float32, device=best.device)
     return best.gather(1, (place + LATER * double).topk(count, dim=1, largest=False).indices)
 
 
@@ -225,7 +225,8 @@ class PlainDETR(nn.Module):
     taught as densely ("dense" in the outputs), which is what lets it learn from a few hundred images.
 
     attention: "local", POINTS samples a head around each query's box; "global", the whole map, as checkpoints of before
-    December 2026 have it. copies: see make_denoising, 0 for none. distinct: IoU from which on a box is another's double, see `select_distinct`; 0: none is.
+    December 2026 have it. distinct: IoU over which a box is another's double, see `select_distinct`; 0: none is. copies: see
+    make_denoising; 0: none.
     """
 
     def __init__(self, backbone, num_classes, num_queries=300, hidden_dim=256, num_heads=8, ffn_dim=1024,

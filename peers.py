@@ -121,12 +121,12 @@ def dino():
 
 def ssd():
     """The default detector on ECViT-T, and torchvision's SSD300 (VGG-16), which works at 300x300 whatever it is given."""
-    return ours("detr", backbone="ecvitt", ffn_dim=1024, decoder_layers=3), Torchvision(torchvision.models.detection.ssd300_vgg16(weights=None, weights_backbone=None, num_classes=CLASSES + 1))
+    return ours("detr", backbone="ecvitt", ffn_dim=1024, decoder_layers=3, copies=40), Torchvision(torchvision.models.detection.ssd300_vgg16(weights=None, weights_backbone=None, num_classes=CLASSES + 1))
 
 
 def faster_rcnn():
     """The default detector on ECViT-T, and torchvision's Faster R-CNN (ResNet-50 with a feature pyramid)."""
-    return ours("detr", backbone="ecvitt", ffn_dim=1024, decoder_layers=3), Torchvision(torchvision.models.detection.fasterrcnn_resnet50_fpn(
+    return ours("detr", backbone="ecvitt", ffn_dim=1024, decoder_layers=3, copies=40), Torchvision(torchvision.models.detection.fasterrcnn_resnet50_fpn(
         weights=None, weights_backbone=None, num_classes=CLASSES + 1, min_size=256, max_size=1333,
     ))  # fmt: skip
 

@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
@@ -39,8 +39,10 @@ def start():
 
 def finish():
     """Lets go of the other processes. Call it when nothing else holds a replicated model: gloo's threads live as long as one does, and
-    the interpreter aborts now and then where it ends before they do."""
+    the interpreter aborts now and then where it ends while they give up a tensor."""
     if several():
+        with suppress(RuntimeError):  # another process may be lost
+            dist.barrier()  # so that they have given up all others; a sharded model's mesh keeps them longer than can be waited for
         dist.destroy_process_group()
         gc.collect()
 

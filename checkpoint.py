@@ -83,6 +83,8 @@ EARLIER = {"exact_sides": False, "attention": "global", "distinct": 0.0}
 
 def settings_of(config):
     """A checkpoint's settings with those that came later, such that they mean what they meant when it was written."""
+    if config["detector"] == "detr" and "attention" not in config:
+        config = config | {"copies": 0}  # which were another detector's then
     return EARLIER | config
 
 

@@ -196,8 +196,10 @@ def select_distinct(scores, boxes, padding, count, overlap):
     """
     best = scores.topk(min(max(CANDIDATES, count), scores.shape[1]), dim=1).indices
     candidates = to_xyxy(boxes.gather(1, best[..., None].expand(-1, -1, 4)))
-    in_cache = boxes.device.type == "cpu" and not torch.compiler.is_exporting()  # the pairs of one image at a time
-    double = torch.cat([is_double(part, overlap) for part in (candidates.split(1) if in_cache else [candidates])]) | padding.gather(1, best)
+    pieces = [candidates]
+    if boxes.device.type == "cpu" and not torch.compiler.is_exporting():  # as many images at a time as the cache holds pairs of
+        pieces = candidates.split(max(1, 2**20 // best.shape[1] ** 2))
+    double = torch.cat([is_double(piece, overlap) for piece in pieces]) | padding.gather(1, best)
     place = torch.arange(best.shape[1], dtype=torch.float32, device=best.device)
     return best.gather(1, (place + LATER * double).topk(count, dim=1, largest=False).indices)
 

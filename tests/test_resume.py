@@ -72,7 +72,7 @@ def test_a_run_from_pretrained_weights_is_resumed_to_the_bit(detector, weights, 
 
 def test_a_run_of_before_local_attention_goes_on_as_it_was(tiny_data, tmp_path, monkeypatch, capsys):
     """Its settings know neither of attention nor of doubles. Fine-tuned, it keeps its attention, and its queries are kept apart."""
-    run, arguments = tmp_path / "parts", ["--data", tiny_data, *TINY, "--attention", "global", "--distinct", 0, "--steps", 6, "--eval-every", 99]
+    run, arguments = tmp_path / "parts", ["--data", tiny_data, *TINY, "--attention", "global", "--distinct", 0, "--copies", 0, "--steps", 6, "--eval-every", 99]
     status, _, error = called(train.main, [*arguments, "--out", tmp_path / "whole"], monkeypatch, capsys)
     assert status == 0, error
     with monkeypatch.context() as patch:
@@ -81,6 +81,7 @@ def test_a_run_of_before_local_attention_goes_on_as_it_was(tiny_data, tmp_path, 
     assert status == 130, error
     saved = torch.load(run / "last.pth", weights_only=True)
     assert (saved["config"].pop("attention"), saved["config"].pop("distinct")) == ("global", 0.0)
+    saved["config"]["copies"] = DEFAULTS["copies"]  # a setting that only DINO read
     torch.save(saved, run / "last.pth")
     status, _, error = called(train.main, ["--resume", run], monkeypatch, capsys)
     assert status == 0, error

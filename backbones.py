@@ -1,9 +1,11 @@
-"""Every backbone by name, and the pyramids over it: pictures in, feature maps out.
+"""Every backbone by name, and the pyramids on top: images in, feature maps out.
 
 A backbone maps images (B, 3, H, W), normalised by ImageNet's statistics, to a list of maps (B, C_l, H/s_l, W/s_l),
-finest first, and says so in `name`, `channels`, `strides` and `size_divisor`; other sizes are padded at the right and
-bottom. `forward_features` gives the tokens. Adding a backbone of a known family is one row of BACKBONES. A detector that
-wants other strides puts a pyramid over it, see `build_pyramid`.
+finest first. Its attributes `name`, `channels`, `strides` and `size_divisor` describe them; images whose sides are not
+multiples of `size_divisor` are padded at the right and bottom. `forward_features` returns the tokens.
+
+To add a backbone of a known family, add one row to BACKBONES. A detector that needs other strides puts a pyramid on
+top, see `build_pyramid`.
 """
 
 import difflib
@@ -23,7 +25,10 @@ from weights import download, load_strictly, load_transformers, read_state_dict,
 
 @dataclass(frozen=True)
 class Spec:
-    """What a backbone is. width, depth: one number, or one for each stage; ffn: hidden width of a block's MLP."""
+    """Architecture of a backbone, and the source of its weights.
+
+    width, depth: one number, or one for each stage; ffn: hidden width of a block's MLP.
+    """
 
     family: str
     width: int | tuple[int, ...]
@@ -31,44 +36,100 @@ class Spec:
     heads: int
     ffn: int
     patch: int
-    registers: int
-    gated: bool  # SwiGLU instead of an MLP
-    source: str  # repository of the hub, or address of the released file; "" where there are no weights
-    strides: tuple[int, ...] = ()
-    grid: int = 0  # learned positions along a side, where there are any
+    strides: tuple[int, ...]
+    source: str  # repository on the hub, or URL of the released file; "" if no weights are released
+    registers: int = 0
+    gated: bool = False  # SwiGLU instead of an MLP
+    grid: int = 0  # learned positions along a side; 0 for other kinds of positions
 
 
 ECVIT_RELEASE = "https://github.com/capsule2077/edgecrafter/releases/download/edgecrafterv1/"
 MUM_RELEASE = "https://github.com/davnords/mum/releases/download/weights/MuM_ViTLarge.pth"
 VGGT_FILE = "https://huggingface.co/facebook/VGGT-1B/resolve/main/model.pt"
-CONVNEXT_STRIDES = (4, 8, 16, 32)
-LICENCES = {  # of the released weights, as of November 2026; their own texts decide
-    "dinov2": "Apache-2.0", "dinov3": "DINOv3", "convnext": "DINOv3", "clip": "MIT", "mae": "CC-BY-NC-4.0", "mum": "MIT (DINOv3)", "vggt": "CC-BY-NC-4.0",
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+LICENCES = {  # of the released weights, as of November 2026; the licence texts themselves decide
+    "dinov2": "Apache-2.0",
+    "dinov3": "DINOv3",
+    "convnext": "DINOv3",
+    "clip": "MIT",
+    "mae": "CC-BY-NC-4.0",
+    "mum": "MIT (DINOv3)",
+    "vggt": "CC-BY-NC-4.0",
     "ecvit": "EdgeCrafter",
-}  # fmt: skip
+}
 
 
 def _dinov2(width, depth, heads, hub, registers=0, gated=False):
-    ffn = (int(4 * width * 2 / 3) + 7) // 8 * 8 if gated else 4 * width
-    return Spec("dinov2", width, depth, heads, ffn, 14, registers, gated, f"facebook/dinov2-{hub}", (14,), 37)
+    return Spec(
+        family="dinov2",
+        width=width,
+        depth=depth,
+        heads=heads,
+        ffn=(int(4 * width * 2 / 3) + 7) // 8 * 8 if gated else 4 * width,
+        patch=14,
+        strides=(14,),
+        source=f"facebook/dinov2-{hub}",
+        registers=registers,
+        gated=gated,
+        grid=37,
+    )
 
 
 def _dinov3(width, depth, heads, ffn, hub, gated=False):
-    return Spec("dinov3", width, depth, heads, ffn, 16, 4, gated, f"facebook/dinov3-{hub}-pretrain-lvd1689m", (16,))
+    return Spec(
+        family="dinov3",
+        width=width,
+        depth=depth,
+        heads=heads,
+        ffn=ffn,
+        patch=16,
+        strides=(16,),
+        source=f"facebook/dinov3-{hub}-pretrain-lvd1689m",
+        registers=4,
+        gated=gated,
+    )
 
 
 def _convnext(widths, depths, hub):
-    source = f"facebook/dinov3-convnext-{hub}-pretrain-lvd1689m"
-    return Spec("convnext", widths, depths, 0, 4 * widths[-1], 4, 0, False, source, CONVNEXT_STRIDES)
+    return Spec(
+        family="convnext",
+        width=widths,
+        depth=depths,
+        heads=0,
+        ffn=4 * widths[-1],
+        patch=4,
+        strides=(4, 8, 16, 32),
+        source=f"facebook/dinov3-convnext-{hub}-pretrain-lvd1689m",
+    )
 
 
 def _ecvit(name, source):
-    c = ecvit.CONFIGS[name]
-    return Spec("ecvit", c["dim"], c["depth"], c["heads"], c["mlp_ratio"] * c["dim"], 16, 1, False, source, (8, 16, 32))
+    config = ecvit.CONFIGS[name]
+    return Spec(
+        family="ecvit",
+        width=config["dim"],
+        depth=config["depth"],
+        heads=config["heads"],
+        ffn=config["mlp_ratio"] * config["dim"],
+        patch=16,
+        strides=(8, 16, 32),
+        source=source,
+        registers=1,
+    )
 
 
 def _plain(family, width, depth, heads, patch, source):
-    return Spec(family, width, depth, heads, 4 * width, patch, 0, False, source, (patch,), 224 // patch)
+    return Spec(
+        family=family,
+        width=width,
+        depth=depth,
+        heads=heads,
+        ffn=4 * width,
+        patch=patch,
+        strides=(patch,),
+        source=source,
+        grid=224 // patch,
+    )
 
 
 BACKBONES = {
@@ -107,85 +168,114 @@ BACKBONES = {
 
 
 def find_spec(name):
-    """The row of that name; UserError with the nearest names where there is none."""
+    """The row of BACKBONES with that name. Raises UserError with the nearest names if there is none."""
     if name not in BACKBONES:
-        near = difflib.get_close_matches(name, BACKBONES, n=3, cutoff=0.3) or list(BACKBONES)
-        raise UserError(f"no backbone is called '{name}'; the nearest: {', '.join(near)} (python check_dims.py lists all)")
+        nearest = difflib.get_close_matches(name, BACKBONES, n=3, cutoff=0.3) or list(BACKBONES)
+        raise UserError(
+            f"no backbone is called '{name}'; the nearest: {', '.join(nearest)} (python check_dims.py lists all)"
+        )
     return BACKBONES[name]
 
 
 def build_backbone(
     name, weights=None, checkpointing=False, layers=None, patch_size=None, patch_resize="pinv", freeze_norms=None
 ):
-    """A backbone by name.
+    """Builds a backbone by name. Raises UserError.
 
-    weights: "pretrained" (hub or release, kept in the usual caches), None (random), or a path: a Hugging Face folder, one
-    of the authors' original files (Meta's, MAE's, MuM's, VGGT's, ECViT's). Every weight of the model has to be in the file and
-    the other way round. checkpointing: activations are recomputed in the backward pass, to save memory. layers: blocks of a plain
-    ViT, counted from 0, each of which gives a map of its own (default: the last alone). patch_size: resamples a plain ViT's patch
-    embedding to patches of that many pixels, see weights.resize_patch_filters for patch_resize. freeze_norms: batch statistics
-    that come with the weights stay as they are in training (default: where weights are given). Raises UserError.
+    weights: "pretrained" (from the hub or a release, cached as usual), None (random), or a path: a Hugging Face folder
+        or one of the authors' original files (Meta's, MAE's, MuM's, VGGT's, ECViT's). Missing and unexpected weights
+        are errors.
+    checkpointing: recompute activations in the backward pass, to save memory.
+    layers: blocks of a plain ViT, counted from 0; each gives a map (default: only the last block).
+    patch_size: resample a plain ViT's patch embedding to patches of that many pixels.
+    patch_resize: how, see weights.resize_patch_filters.
+    freeze_norms: keep the batch statistics of the weights unchanged in training (default: if weights are given).
     """
     spec = find_spec(name)
     if weights in ("none", ""):
         weights = None
     if weights == "pretrained" and not spec.source:
         raise UserError(f"{name} has no released weights; use --backbone-weights none and train it from scratch")
-    plain = spec.family not in ("ecvit", "convnext")
-    for option, value in (("--layers", layers), ("--patch-size", patch_size)):
-        if value and not plain:
-            raise UserError(f"{option}: for plain vision transformers; {name} has maps at strides {', '.join(map(str, spec.strides))} of its own")
-    if plain:
-        backbone = PlainViT(name, spec, weights, layers, patch_size or spec.patch, patch_resize)
-    elif spec.family == "ecvit":
-        backbone = ECViTBackbone(name, spec, weights, weights is not None if freeze_norms is None else freeze_norms)
-    else:
+    if freeze_norms is None:
+        freeze_norms = weights is not None
+    if spec.family in ("ecvit", "convnext"):
+        refuse_plain_options(name, spec, layers, patch_size)
+    if spec.family == "ecvit":
+        backbone = ECViTBackbone(name, spec, weights, freeze_norms)
+    elif spec.family == "convnext":
         backbone = ConvNeXt(name, spec, weights)
+    else:
+        backbone = PlainViT(name, spec, weights, layers, patch_size or spec.patch, patch_resize)
     if checkpointing:
         backbone.checkpoint_activations()
     return backbone
 
 
+def refuse_plain_options(name, spec, layers, patch_size):
+    """Raises UserError if an option is given that only plain vision transformers have."""
+    for option, value in (("--layers", layers), ("--patch-size", patch_size)):
+        if value:
+            strides = ", ".join(map(str, spec.strides))
+            raise UserError(
+                f"{option}: for plain vision transformers only; {name} has its own maps at strides {strides}"
+            )
+
+
 def backbone_of(config, load_weights=True):
-    """The backbone that a run's settings describe, with its pretrained weights or with random ones that are still to be filled."""
+    """The backbone that a run's settings describe; load_weights=False leaves it random, for a checkpoint to fill."""
     return build_backbone(
-        config["backbone"], config["backbone_weights"] if load_weights else None, layers=parse_layers(config.get("layers")),
-        patch_size=config.get("patch_size"), patch_resize=config.get("patch_resize", "pinv"), freeze_norms=is_pretrained(config),
-    )  # fmt: skip
+        config["backbone"],
+        config["backbone_weights"] if load_weights else None,
+        layers=parse_layers(config.get("layers")),
+        patch_size=config.get("patch_size"),
+        patch_resize=config.get("patch_resize", "pinv"),
+        freeze_norms=is_pretrained(config),
+    )
 
 
 def is_pretrained(config):
-    """Whether a run's backbone began with weights from elsewhere: its own release's or a checkpoint's."""
+    """Whether a run's backbone started from trained weights: those of its release or of a checkpoint."""
     return config.get("backbone_weights") not in (None, "", "none") or bool(config.get("init"))
 
 
 def parse_layers(text):
-    """"2,5,8,11" -> (2, 5, 8, 11); None stays None."""
+    """The value of --layers, "2,5,8,11" -> (2, 5, 8, 11); None stays None. Raises UserError."""
+    if not text:
+        return text
     try:
-        return text and tuple(int(part) for part in str(text).split(","))
+        return tuple(int(part) for part in str(text).split(","))
     except ValueError:
-        raise UserError(f"--layers takes blocks counted from 0, as 2,5,8,11, not {text}") from None
+        raise UserError(f"--layers takes blocks counted from 0, such as 2,5,8,11, not {text}") from None
 
 
 def pad_to_multiple(images, divisor):
-    """(B, 3, H, W) -> the same with zeros at the right and bottom, up to multiples of divisor."""
+    """images (B, 3, H, W) -> the same with zeros at the right and bottom, up to multiples of divisor."""
     h, w = images.shape[-2:]
-    return F.pad(images, (0, -w % divisor, 0, -h % divisor)) if h % divisor or w % divisor else images
+    if h % divisor or w % divisor:
+        return F.pad(images, (0, -w % divisor, 0, -h % divisor))
+    return images
 
 
 def parameter_depths(backbone):
-    """{parameter name: depth}, 0 for the embedding, rising by one a block (ConvNeXt: a stage), for layer-wise learning rates."""
+    """{parameter name: depth}, for layer-wise learning rates.
+
+    The embedding has depth 0; each block (ConvNeXt: each stage) adds one, and so does what follows the last block.
+    """
     depths = {}
     for name, _ in backbone.named_parameters():
         block = re.search(r"(?:blocks|layers?|stages)\.(\d+)\.", name)
-        at_entry = re.search(r"embed|register_token|pre_layrnorm", name)
-        depths[name] = int(block[1]) + 1 if block else 0 if at_entry else None
-    last = max((d for d in depths.values() if d is not None), default=0) + 1
+        if block:
+            depths[name] = int(block[1]) + 1
+        elif re.search(r"embed|register_token|pre_layrnorm", name):
+            depths[name] = 0
+        else:
+            depths[name] = None  # after the last block
+    last = 1 + max((depth for depth in depths.values() if depth is not None), default=0)
     return {name: last if depth is None else depth for name, depth in depths.items()}
 
 
 class ECViTBackbone(ecvit.ECViT):
-    """ECViT from ecvit.py under this file's contract."""
+    """ECViT from ecvit.py with the attributes of a backbone and images of any size."""
 
     def __init__(self, name, spec, weights, freeze_norms):
         super().__init__(**ecvit.CONFIGS[name])
@@ -197,10 +287,12 @@ class ECViTBackbone(ecvit.ECViT):
             load_strictly(self, state, weights)
         else:
             load_strictly(self.backbone, state, weights)
-            print(f"{name}: the released file holds the transformer; the pyramid's 1x1 convolutions start from random weights")
+            print(
+                f"{name}: the file holds only the transformer; the pyramid's 1x1 convolutions start from random weights"
+            )
 
     def train(self, mode=True):
-        """Batch statistics that came with the weights stay as they are: small batches would only blur them."""
+        """Keeps the batch statistics of pretrained weights: those of small batches would be noisier."""
         super().train(mode)
         if self.freeze_norms:
             self.backbone.patch_embed.eval()
@@ -217,16 +309,18 @@ class ECViTBackbone(ecvit.ECViT):
 
 
 class HuggingFaceBackbone(nn.Module):
-    """What the models of transformers have in common here."""
+    """Base of the backbones whose `model` comes from transformers."""
 
     def checkpoint_activations(self):
         if not self.model.supports_gradient_checkpointing:
-            raise UserError(f"{self.name}: transformers can't recompute its activations; leave out --checkpoint-activations")
+            raise UserError(
+                f"{self.name}: transformers can't recompute its activations; leave out --checkpoint-activations"
+            )
         self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 class ConvNeXt(HuggingFaceBackbone):
-    """DINOv3's ConvNeXt: its four stages, not normed."""
+    """DINOv3's ConvNeXt: the outputs of its four stages, not normalised."""
 
     def __init__(self, name, spec, weights):
         super().__init__()
@@ -238,7 +332,7 @@ class ConvNeXt(HuggingFaceBackbone):
         return list(stages[-len(self.strides) :])
 
     def forward_features(self, images, layers=()):
-        """-> x_norm (B, 1 + N, C), x_norm_clstoken (B, C), the mean of the others, and x_norm_patchtokens (B, N, C)."""
+        """images -> x_norm (B, 1 + N, C), x_norm_clstoken (B, C), pooled from the map, x_norm_patchtokens (B, N, C)."""
         if layers:
             raise UserError(f"{self.name}: layers are for vision transformers")
         tokens = self.model(pad_to_multiple(images, self.size_divisor)).last_hidden_state
@@ -246,14 +340,17 @@ class ConvNeXt(HuggingFaceBackbone):
 
 
 class PlainViT(HuggingFaceBackbone):
-    """DINOv2, DINOv3, CLIP, MAE, MuM and VGGT's patch encoder: one map, the normed patch tokens of the last block, or one of each of
-    the blocks `layers`."""
+    """DINOv2, DINOv3, CLIP, MAE, MuM and VGGT's patch encoder.
+
+    One map, the normalised patch tokens of the last block, or one for each block in `layers`.
+    """
 
     def __init__(self, name, spec, weights, layers=None, patch_size=None, patch_resize="pinv"):
         super().__init__()
         self.name, self.family, self.layers = name, spec.family, tuple(layers or ())
         if any(not 0 <= block < spec.depth for block in self.layers):
-            raise UserError(f"--layers {','.join(map(str, self.layers))}: the blocks of {name} are 0 to {spec.depth - 1}")
+            listed = ",".join(map(str, self.layers))
+            raise UserError(f"--layers {listed}: the blocks of {name} are 0 to {spec.depth - 1}")
         self.patch = patch_size or spec.patch
         resized = replace(spec, patch=self.patch)
         if self.patch == spec.patch or weights is None:
@@ -263,27 +360,38 @@ class PlainViT(HuggingFaceBackbone):
         maps = max(1, len(self.layers))
         self.strides, self.channels, self.size_divisor = (self.patch,) * maps, (spec.width,) * maps, self.patch
         self.prefix = 1 + spec.registers  # tokens before the patches
-        if spec.family == "clip":  # it has a mean and deviation of its own: what turns ImageNet's into them
-            mean, std, clip_mean, clip_std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD, CLIP_MEAN, CLIP_STD))
+        if spec.family == "clip":  # images come normalised by ImageNet's statistics; CLIP has its own
+            mean, std, clip_mean, clip_std = (torch.tensor(v)[:, None, None] for v in (MEAN, STD, CLIP_MEAN, CLIP_STD))
             self.register_buffer("scale", std / clip_std, persistent=False)
             self.register_buffer("shift", (mean - clip_mean) / clip_std, persistent=False)
 
     def tokens(self, images, layers=()):
-        """-> normed tokens (B, prefix + N, C) of the last block, and of each of `layers`."""
-        options = {"output_hidden_states": True} if layers else {}
+        """images -> normalised tokens (B, prefix + N, C) of the last block, [those of each block in `layers`]."""
         if self.family == "clip":
             images = images * self.scale + self.shift
-        if self.family in ("clip", "mae"):
-            options["interpolate_pos_encoding"] = True
-        if self.family == "mae":  # nothing is masked, and the patches stay in order
-            count = math.prod(images.shape[-2:]) // self.patch**2
-            options["noise"] = torch.arange(count, dtype=images.dtype, device=images.device).expand(images.shape[0], -1)
-        outputs = self.model(images, **options)
+        outputs = self.model(images, **self.model_options(images, layers))
         norm = self.final_norm()
         last = norm(outputs.last_hidden_state) if self.family == "clip" else outputs.last_hidden_state
-        return last, [norm(outputs.hidden_states[1 + block]) if 2 + block < len(outputs.hidden_states) else last for block in layers]
+        chosen = []
+        for block in layers:
+            is_last = block + 2 >= len(outputs.hidden_states)  # hidden_states[0] is the embedding
+            chosen.append(last if is_last else norm(outputs.hidden_states[block + 1]))
+        return last, chosen
+
+    def model_options(self, images, layers):
+        """Keyword arguments of the model's forward."""
+        options = {}
+        if layers:
+            options["output_hidden_states"] = True
+        if self.family in ("clip", "mae"):
+            options["interpolate_pos_encoding"] = True
+        if self.family == "mae":  # rising noise keeps the patches in order; its mask ratio is 0
+            count = math.prod(images.shape[-2:]) // self.patch**2
+            options["noise"] = torch.arange(count, dtype=images.dtype, device=images.device).expand(images.shape[0], -1)
+        return options
 
     def final_norm(self):
+        """The layer normalisation after the last block."""
         if self.family == "clip":  # transformers applies it to the class token alone
             return getattr(self.model, "vision_model", self.model).post_layernorm
         return self.model.norm if self.family in ("dinov3", "mum") else self.model.layernorm
@@ -295,14 +403,13 @@ class PlainViT(HuggingFaceBackbone):
         return [tokens[:, self.prefix :].transpose(1, 2).unflatten(2, grid) for tokens in chosen or [last]]
 
     def forward_features(self, images, layers=()):
-        """-> x_norm (B, 1 + registers + N, C), x_norm_clstoken (B, C), x_norm_patchtokens (B, N, C), and for each of the blocks
-        `layers`, by name, "block5" and so on: its normed patch tokens (B, N, C)."""
+        """images -> x_norm (B, 1 + registers + N, C), x_norm_clstoken (B, C), x_norm_patchtokens (B, N, C).
+
+        For each block in `layers` also "block5" and so on: its normalised patch tokens (B, N, C).
+        """
         last, chosen = self.tokens(pad_to_multiple(images, self.size_divisor), layers)
         named = {f"block{block}": tokens[:, self.prefix :] for block, tokens in zip(layers, chosen)}
         return {"x_norm": last, "x_norm_clstoken": last[:, 0], "x_norm_patchtokens": last[:, self.prefix :]} | named
-
-
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -313,7 +420,7 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class OwnMaps(nn.Module):
-    """The backbone's maps as they are."""
+    """The backbone's maps, unchanged."""
 
     def __init__(self, backbone):
         super().__init__()
@@ -324,29 +431,39 @@ class OwnMaps(nn.Module):
 
 
 class Pyramid(nn.Module):
-    """What both pyramids share: which of the backbone's maps each level comes from, and how often it is doubled or halved.
+    """Base of the pyramids: chooses each level's source map, and how often its resolution doubles (negative: halves).
 
-    A level takes the map of the nearest stride; where there are several of that stride, from blocks of different depth, the finest
-    level takes the earliest and the coarsest the last. `strides` are the levels' own: with patches of 14 pixels 7, 14, 28 for 8, 16, 32.
-    Up to stride 32 the backbone pads pictures to multiples of them; beyond, a map's last row and column may reach over the picture.
+    A level takes the map of the nearest stride. If several blocks of different depth have that stride, the finest level
+    takes the earliest block and the coarsest level the last. `strides` holds the resulting strides: patches of 14
+    pixels give 7, 14, 28 for the targets 8, 16, 32.
+
+    The backbone's `size_divisor` grows such that levels up to stride 32 cover the padded image exactly. The last row
+    and column of a coarser level may reach beyond the image.
     """
 
     def __init__(self, backbone, strides, dim):
         super().__init__()
         self.sources, self.doublings, self.strides, self.channels = [], [], [], (dim,) * len(strides)
-        for level, wanted in enumerate(strides):
-            away = [abs(math.log2(stride / wanted)) for stride in backbone.strides]
-            nearest = [i for i, distance in enumerate(away) if distance < min(away) + 0.01]
-            self.sources.append(nearest[round(level / max(1, len(strides) - 1) * (len(nearest) - 1))])
-            stride = backbone.strides[self.sources[-1]]
-            self.doublings.append(round(math.log2(stride / wanted)))
-            self.strides.append(stride / 2 ** self.doublings[-1])
-        exact = [stride for stride, wanted in zip(self.strides, strides) if wanted <= 32]
+        for level, target in enumerate(strides):
+            source = nearest_map(backbone.strides, target, level / max(1, len(strides) - 1))
+            stride = backbone.strides[source]
+            doublings = round(math.log2(stride / target))
+            self.sources.append(source)
+            self.doublings.append(doublings)
+            self.strides.append(stride / 2**doublings)
+        exact = [stride for stride, target in zip(self.strides, strides) if target <= 32]
         backbone.size_divisor = max(backbone.size_divisor, math.ceil(max(exact)))
 
 
+def nearest_map(strides, target, position):
+    """Index of the map with the stride nearest to target; among equals, that at position (0: first, 1: last)."""
+    distances = [abs(math.log2(stride / target)) for stride in strides]
+    nearest = [i for i, distance in enumerate(distances) if distance < min(distances) + 0.01]
+    return nearest[round(position * (len(nearest) - 1))]
+
+
 class ResizedPyramid(Pyramid):
-    """The nearest map, resized, by a 1x1 convolution with batch norm: as light as ECViT's own pyramid."""
+    """Resizes the nearest map, then applies a 1x1 convolution with batch norm: as light as ECViT's own pyramid."""
 
     def __init__(self, backbone, strides, dim):
         super().__init__(backbone, strides, dim)
@@ -364,30 +481,49 @@ class ResizedPyramid(Pyramid):
 
 
 class SimplePyramid(Pyramid):
-    """ViTDet's simple feature pyramid (arXiv 2203.16527): doubled by transposed convolutions, halved by max-pooling, then a 1x1 and a
-    3x3 convolution, each normed."""
+    """ViTDet's simple feature pyramid (arXiv 2203.16527)."""
 
     def __init__(self, backbone, strides, dim):
         super().__init__(backbone, strides, dim)
-        self.levels = nn.ModuleList()
-        for source, doublings in zip(self.sources, self.doublings):
-            width, steps = backbone.channels[source], []
-            for step in range(doublings):
-                steps += [ChannelNorm(width), nn.GELU()] if step else []
-                steps.append(nn.ConvTranspose2d(width, width // 2, 2, stride=2))
-                width //= 2
-            steps += [nn.MaxPool2d(2, ceil_mode=True)] * -doublings
-            steps += [nn.Conv2d(width, dim, 1, bias=False), ChannelNorm(dim), nn.Conv2d(dim, dim, 3, padding=1, bias=False), ChannelNorm(dim)]
-            self.levels.append(nn.Sequential(*steps))
+        self.levels = nn.ModuleList(
+            simple_level(backbone.channels[source], dim, doublings)
+            for source, doublings in zip(self.sources, self.doublings)
+        )
 
     def forward(self, features):
         return [level(features[source]) for source, level in zip(self.sources, self.levels)]
+
+
+def simple_level(width, dim, doublings):
+    """One level of the simple pyramid: map (B, width, h, w) -> (B, dim, h * 2**doublings, w * 2**doublings).
+
+    Transposed convolutions double, max-pooling halves (rounding up). A 1x1 and a 3x3 convolution follow, each with
+    a norm.
+    """
+    steps = []
+    for step in range(doublings):
+        if step:
+            steps += [ChannelNorm(width), nn.GELU()]
+        steps.append(nn.ConvTranspose2d(width, width // 2, 2, stride=2))
+        width //= 2
+    steps += [nn.MaxPool2d(2, ceil_mode=True)] * -doublings  # none where doublings is positive
+    steps += [
+        nn.Conv2d(width, dim, 1, bias=False),
+        ChannelNorm(dim),
+        nn.Conv2d(dim, dim, 3, padding=1, bias=False),
+        ChannelNorm(dim),
+    ]
+    return nn.Sequential(*steps)
 
 
 PYRAMIDS = {"own": None, "resize": ResizedPyramid, "simple": SimplePyramid}
 
 
 def build_pyramid(backbone, kind, strides, dim):
-    """backbone -> a module that turns its maps into maps of `dim` channels at about the wanted strides, finest first; its `strides`
-    and `channels` say which. kind: see PYRAMIDS; "own" takes the backbone's as they are."""
-    return OwnMaps(backbone) if kind == "own" else PYRAMIDS[kind](backbone, strides, dim)
+    """Builds a module: the backbone's maps -> maps of `dim` channels at about the target strides, finest first.
+
+    kind: a key of PYRAMIDS; "own" leaves the maps unchanged. The module's `strides` and `channels` describe its maps.
+    """
+    if kind == "own":
+        return OwnMaps(backbone)
+    return PYRAMIDS[kind](backbone, strides, dim)

@@ -1,46 +1,79 @@
-"""One file that is enough by itself: weights, settings, class names, preprocessing; in `last.pth`, all that a run goes on from."""
+"""Checkpoints: one file with weights, settings and class names; `last.pth` also has all that a run is resumed from.
+
+A checkpoint's dictionary has `format`, `model` (a state dict), `config`, `classes` and `category_ids`, and may have
+`figures`; runs.py adds `training`. A folder for the Hugging Face hub and ECDet's released files are read as the same.
+"""
 
 import json
 import os
 import pickle
 import re
+import urllib.error
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
 import torch
 from safetensors.torch import load_file, save_file
+from torchvision.models.detection import SSD300_VGG16_Weights
 
+from backbones import ECVIT_RELEASE
 from detr_model import build_model
-from ecvit import fold
-from errors import UserError
-from files import read_text
-from released import fetch_released, released_checkpoint, weights_of
-from weights import complain, first_line, load_strictly
+from ecdet_loss import REG_SCALE, UP
+from ecdet_model import SIZES
+from ecvit import fuse
+from errors import UserError, writing
+from layouts import read_text
+from weights import check_keys, download, first_line, load_strictly, say_licence
 
 FORMAT = 1
-LARGEST = dict(num_classes=10**5, num_queries=10**5, hidden_dim=10**4, ffn_dim=10**5, num_heads=10**3, encoder_layers=100, decoder_layers=100, image_size=10**4, patch_size=10**3)
+LARGEST = dict(
+    num_classes=10**5,
+    num_queries=10**5,
+    hidden_dim=10**4,
+    ffn_dim=10**5,
+    num_heads=10**3,
+    encoder_layers=100,
+    decoder_layers=100,
+    image_size=10**4,
+    patch_size=10**3,
+)
+EARLIER = {"exact_sides": False, "attention": "global", "distinct": 0.0}  # what versions without these settings did
+
+
+def load_detector(path, device="cpu", memory_format=torch.channels_last):
+    """path: see read_checkpoint -> (model for inference on device, batch norms folded; postprocess; dictionary)."""
+    content = read_checkpoint(path)
+    model, _, postprocess = build_model(content["config"], load_weights=False)
+    load_strictly(model, content["model"], path)
+    return fuse(model).to(device, memory_format=memory_format).eval(), postprocess, content
 
 
 def save_checkpoint(path, content):
-    """Writes content under its final name whole or not at all, as `write_whole`. Raises UserError."""
-    try:
-        write_whole(path, lambda file: torch.save({"format": FORMAT, **content}, file))
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"{path}: can't be written ({error}); what it held before is whole. Free some space, or choose another --out") from None
+    """Writes a checkpoint's dictionary whole or not at all, see write_atomically. Raises UserError."""
+    hint = "; what it held before is whole. Free some space, or choose another --out"
+    with writing(path, hint, also=[RuntimeError]):  # which torch.save raises if the disk is full
+        write_atomically(path, partial(torch.save, {"format": FORMAT, **content}))
 
 
-def write_whole(path, content):
-    """Writes a file whole or not at all: under a temporary name, flushed to disk, then renamed. content: bytes, or what writes them to a file."""
+def write_atomically(path, content):
+    """Writes a file whole or not at all: under a temporary name, flushed to disk, then renamed.
+
+    content: bytes, or a function that writes them to a file.
+    """
     path = Path(path)
-    partial = path.with_name(path.name + ".partial")
+    unfinished = path.with_name(path.name + ".partial")
     try:
-        with open(partial, "wb") as file:
-            file.write(content) if isinstance(content, bytes) else content(file)
+        with open(unfinished, "wb") as file:
+            if isinstance(content, bytes):
+                file.write(content)
+            else:
+                content(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        os.replace(unfinished, path)
     except BaseException:
-        partial.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
         raise
     if os.name == "posix":  # the new name is on disk only when its folder is
         folder = os.open(path.parent, os.O_RDONLY)
@@ -49,9 +82,11 @@ def write_whole(path, content):
 
 
 def read_checkpoint(path):
-    """A checkpoint's dictionary, on the CPU: a file of train.py, or one of ECDet's released files, a folder of the Hugging Face
-    hub that holds one (model.safetensors), or the name of either, which is then downloaded. No code in the file is run.
-    Raises UserError."""
+    """A checkpoint -> its dictionary, on the CPU. No code in the file is run. Raises UserError.
+
+    path: a file of train.py, one of ECDet's released files, a folder of the Hugging Face hub that holds one of them
+    (model.safetensors), or the name of a released file or repository, which is downloaded.
+    """
     given, path = path, Path(path)
     if not path.exists():
         path = fetch_released(given) or fetch_folder(given) or path
@@ -60,32 +95,56 @@ def read_checkpoint(path):
     if path.is_dir():
         path = path / "model.safetensors"
     if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint; give the best.pth or last.pth of a run, or ECDet's released file or folder")
-    try:
-        content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"it holds code ({code[1]}), which is never run" if code else first_line(error)[:200]
-        raise UserError(f"{path}: not a checkpoint of weights alone: {what}") from None
-    except Exception as error:  # torch raises many kinds on files that are not its own
-        raise UserError(f"{path}: not a checkpoint, or cut short ({first_line(error)[:200]})") from None
+        raise UserError(
+            f"{path}: no such checkpoint; give the best.pth or last.pth of a run, or ECDet's released file or folder"
+        )
+    content = read_file(path)
     if isinstance(content, dict) and {"format", "model", "config"} <= content.keys():
         return checked(content, path)
-    weights = weights_of(content) if isinstance(content, dict) else None
+    weights = released_weights(content) if isinstance(content, dict) else None
     if weights is None:
-        raise UserError(f"{path}: not a checkpoint of train.py, nor a released ECDet (a backbone's weights go to --backbone-weights)")
+        raise UserError(
+            f"{path}: not a checkpoint of train.py, nor a released ECDet "
+            "(a backbone's weights go to --backbone-weights)"
+        )
     return released_checkpoint(weights, path)
 
 
-# What earlier versions, whose checkpoints don't have these settings, did without being asked
-EARLIER = {"exact_sides": False, "attention": "global", "distinct": 0.0}
+def read_file(path):
+    """A .safetensors file, or one of torch.save without code -> its content, on the CPU. Raises UserError."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it holds code ({code[1]}), which is never run" if code else first_line(error)[:200]
+        raise UserError(f"{path}: not a checkpoint of weights alone: {reason}") from None
+    except Exception as error:  # torch raises exceptions of many types for other files
+        raise UserError(f"{path}: not a checkpoint, or cut short ({first_line(error)[:200]})") from None
 
 
-def settings_of(config):
-    """A checkpoint's settings with those that came later, such that they mean what they meant when it was written."""
-    if config["detector"] == "detr" and "attention" not in config:
-        config = config | {"copies": 0}  # which were another detector's then
-    return EARLIER | config
+def checked(content, path):
+    """A checkpoint's dictionary -> the same with all settings, if these describe a detector that its weights fit.
+
+    A checkpoint may come from anywhere: before that is sure, nothing is allocated by its settings or opened by names in
+    them. Raises UserError.
+    """
+    weights = content["model"]
+    try:
+        refuse_newer(content, path)
+        config = settings_of(content["config"])
+        check_settings(config, content)
+        with torch.device("meta"):
+            expected = build_model(config, load_weights=False)[0].state_dict()
+        mismatched = [key for key, value in weights.items() if key in expected and value.shape != expected[key].shape]
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, ZeroDivisionError, IndexError) as error:
+        raise UserError(
+            f"{path}: its settings describe no detector ({type(error).__name__}: {first_line(error)[:200]})"
+        ) from None
+    missing, unexpected = expected.keys() - weights.keys(), weights.keys() - expected.keys()
+    check_keys(path, config["detector"], missing, unexpected, mismatched)
+    return content | {"config": config}
 
 
 def refuse_newer(content, path):
@@ -93,50 +152,115 @@ def refuse_newer(content, path):
         raise UserError(f"{path}: written by a newer version (format {content['format']}, this one reads {FORMAT})")
 
 
-def checked(content, path):
-    """content as it is, if its settings describe a detector that its weights fit. A checkpoint may come from anywhere: nothing is
-    allocated by its settings, nor opened by names in them, before that is sure. Raises UserError."""
-    try:
-        refuse_newer(content, path)
-        config, classes = settings_of(content["config"]), content["classes"]
-        if not all(isinstance(name, str) for name in classes) or len(classes) != config["num_classes"] or len(classes) != len(content["category_ids"]):
-            raise ValueError("classes, category_ids and num_classes do not belong together")
-        for key, most in LARGEST.items():
-            if config.get(key) is not None and not 1 <= config[key] <= most:
-                raise ValueError(f"{key} is not in 1 .. {most:,}")
-        with torch.device("meta"):
-            wanted = build_model(config, load_weights=False)[0].state_dict()
-        mismatched = [key for key, value in content["model"].items() if key in wanted and value.shape != wanted[key].shape]
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, ZeroDivisionError, IndexError) as error:
-        raise UserError(f"{path}: its settings describe no detector ({type(error).__name__}: {first_line(error)[:200]})") from None
-    complain(path, config["detector"], wanted.keys() - content["model"].keys(), content["model"].keys() - wanted.keys(), mismatched)
-    return content | {"config": config}
+def settings_of(config):
+    """A checkpoint's settings -> the same with those added since, set to what the code did when it was written."""
+    if "copies" in config:  # an earlier name
+        config = {"num_denoising": config["copies"]} | {key: value for key, value in config.items() if key != "copies"}
+    if config["detector"] == "detr" and "attention" not in config:
+        config = config | {"num_denoising": 0}  # only DINO had these then
+    return EARLIER | config
 
 
-# A Hugging Face folder: model.safetensors, config.json with all else, and a model card
+def check_settings(config, content):
+    """Raises ValueError if the classes are inconsistent or a setting is out of range."""
+    classes = content["classes"]
+    named = all(isinstance(name, str) for name in classes)
+    if not named or not len(classes) == config["num_classes"] == len(content["category_ids"]):
+        raise ValueError("classes, category_ids and num_classes do not belong together")
+    for key, largest in LARGEST.items():
+        if config.get(key) is not None and not 1 <= config[key] <= largest:
+            raise ValueError(f"{key} is not in 1 .. {largest:,}")
+
+
+# Fine-tuning: a new model starts from a checkpoint's weights
+
+
+def start_from(model, content, classes, source):
+    """Loads a checkpoint's weights into a model for other classes. Prints which rows it kept. Raises UserError.
+
+    In the layers of `model.class_layers()`, only the rows of classes that the checkpoint has by name are loaded; the
+    others keep their initial values.
+    """
+    state, own = dict(content["model"]), model.state_dict()
+    if classes != content["classes"]:
+        known = {name: i for i, name in enumerate(content["classes"])}
+        pairs = [(i, known[name]) for i, name in enumerate(classes) if name in known]
+        count, their_count = len(classes), len(content["classes"])
+        mapped = 0
+        for layer, (groups, first) in model.class_layers().items():
+            for key in [key for key in state if key.startswith(layer + ".") and key in own]:
+                state[key] = copy_classes(own[key], state[key], groups, first, count, their_count, pairs)
+                mapped += 1
+        kept = ", ".join(classes[i] for i, _ in pairs) or "none"
+        new = ", ".join(name for name in classes if name not in known) or "none"
+        print(
+            f"{source}: weights loaded; {mapped} tensors have rows for classes; kept by name: {kept}; "
+            f"newly initialised: {new}"
+        )
+    load_strictly(model, state, source)
+
+
+def copy_classes(ours, theirs, groups, first, count, their_count, pairs):
+    """A class layer's weight with rows copied from another's, which has their_count classes -> a new tensor.
+
+    ours: (groups * (first + count + rest), ...). The rows are those of `pairs` [(our class, their class)], and in each
+    group what comes before and after the classes, such as the background.
+    """
+    if len(theirs) != groups * (len(ours) // groups - count + their_count):
+        return theirs  # from another architecture: loading it raises the error
+    copied = ours.clone()
+    to, of = copied.unflatten(0, (groups, -1)), theirs.unflatten(0, (groups, -1))
+    to[:, :first], to[:, first + count :] = of[:, :first], of[:, first + their_count :]
+    for new, old in pairs:
+        to[:, first + new] = of[:, first + old]
+    return copied
+
+
+# A folder for the Hugging Face hub: model.safetensors, config.json with all else, and a model card
+
+MODEL_CARD = """---
+library_name: pytorch
+pipeline_tag: object-detection
+---
+
+# {detector} on {backbone}
+
+Detects {count} classes: {names}. Images are resized to {image_size} pixels.
+{table}
+```python
+from detector import load
+
+detector = load("this folder, or USER/NAME")
+detections = detector("photo.jpg")
+```
+"""
 
 
 def write_folder(content, folder):
-    """Writes a checkpoint's dictionary as a folder that `read_checkpoint` and the Hugging Face hub take. Raises UserError."""
+    """Writes a checkpoint's dictionary as a folder for read_checkpoint and the Hugging Face hub. Raises UserError."""
     folder = Path(folder)
-    rest = {"format": FORMAT} | {key: content[key] for key in ("config", "classes", "category_ids", "figures") if key in content}
-    try:
+    keys = [key for key in ("config", "classes", "category_ids", "figures") if key in content]
+    rest = {"format": FORMAT} | {key: content[key] for key in keys}
+    weights = {key: value.contiguous() for key, value in content["model"].items()}
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({key: value.contiguous() for key, value in content["model"].items()}, folder / "model.safetensors", metadata={"format": "pt"})
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         (folder / "config.json").write_text(json.dumps(rest, indent=1))
         (folder / "README.md").write_text(model_card(content))
-    except OSError as error:
-        raise UserError(f"{folder}: can't be written ({error.strerror or error})") from None
 
 
 def model_card(content):
-    config, figures = content["config"], content.get("figures", {})
-    rows = "".join(f"| {name} | {value:.3f} |\n" for name, value in figures.items() if value >= 0)
-    table = f"\nMeasured while it was trained:\n\n| figure | value |\n|---|---|\n{rows}" if rows else ""
-    return (
-        f"---\nlibrary_name: pytorch\npipeline_tag: object-detection\n---\n\n# {config['detector']} on {config['backbone']}\n\n"
-        f"Detects {len(content['classes'])} classes: {', '.join(content['classes'])}. Pictures are resized to {config['image_size']} pixels.\n{table}\n"
-        "```python\nfrom detector import load\n\ndetector = load(\"this folder, or USER/NAME\")\nfound = detector(\"photo.jpg\")\n```\n"
+    config, table = content["config"], ""
+    rows = [f"| {name} | {value:.3f} |\n" for name, value in content.get("figures", {}).items() if value >= 0]
+    if rows:
+        table = "\nMeasured during training:\n\n| figure | value |\n|---|---|\n" + "".join(rows)
+    return MODEL_CARD.format(
+        detector=config["detector"],
+        backbone=config["backbone"],
+        count=len(content["classes"]),
+        names=", ".join(content["classes"]),
+        image_size=config["image_size"],
+        table=table,
     )
 
 
@@ -148,64 +272,148 @@ def is_ours(folder):
 
 
 def read_folder(folder):
-    """-> a checkpoint's dictionary."""
+    """A folder of write_folder -> a checkpoint's dictionary. Raises UserError."""
     rest = json.loads(read_text(folder / "config.json"))
     refuse_newer(rest, folder)
     try:
         weights = load_file(folder / "model.safetensors")
-    except Exception as error:  # safetensors raises kinds of its own
+    except Exception as error:  # safetensors has exceptions of its own
         raise UserError(f"{folder}: model.safetensors is missing or broken ({first_line(error)[:200]})") from None
     return checked(rest | {"model": weights}, folder)
 
 
 def fetch_folder(name):
-    """USER/NAME on the hub -> the folder it was downloaded to, or None where the name can't be one."""
+    """USER/NAME on the hub -> the folder it is downloaded to, or None if the name can't be one. Raises UserError."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or Path(str(name)).suffix or Path(str(name)).parent.is_dir():
         return None
-    print(f"{name}: is not here; asking the Hugging Face hub for it")
+    print(f"{name}: no such file or folder here; asking the Hugging Face hub for it")
     try:
         return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=["model.safetensors", "config.json"]))
-    except Exception as error:  # the hub's client raises many kinds
-        raise UserError(f"{name}: no such file or folder here, and not to be had from the hub ({first_line(error)[:200]})") from None
+    except Exception as error:  # the hub's client raises exceptions of many types
+        raise UserError(
+            f"{name}: no such file or folder here, and the hub can't provide it ({first_line(error)[:200]})"
+        ) from None
 
 
-def load_detector(path, device="cpu", memory_format=torch.channels_last):
-    """-> (model for inference on device, its batch norms folded; postprocess; checkpoint dictionary)."""
-    content = read_checkpoint(path)
-    model, _, postprocess = build_model(content["config"], load_weights=False)
-    load_strictly(model, content["model"], path)
-    return fold(model).to(device, memory_format=memory_format).eval(), postprocess, content
+# ECDet's released files, ecdet_{s,m,l,x}.pth or, on the Hugging Face hub, Intellindust/ECDet_{S,M,L,X}, as checkpoints:
+# the size is recognised by the shapes of the weights, the classes are COCO's.
+
+FILES = tuple(f"ecdet_{size}.pth" for size in ("s", "m", "l", "x"))
+SCORES = "decoder.enc_score_head.weight"
+# Constants of the architecture, and what the original kept for a single image size: ours are used.
+CONSTANTS = re.compile(
+    r"decoder\.(decoder\.)?(up|reg_scale)|decoder\.(anchors|valid_mask)|.*(num_points_scale|rope_embed\.periods)"
+)
+CONSTANT_VALUES = {"up": UP, "reg_scale": REG_SCALE}  # that a released file has and our state dict has not
 
 
-def start_from(model, content, classes, source):
-    """Fills model with a checkpoint's weights. Of its `class_layers` only the rows of those classes that the checkpoint knows by
-    name are filled; the others stay as they are. Prints which. Raises UserError."""
-    state, own = dict(content["model"]), model.state_dict()
-    if classes != content["classes"]:
-        known = {name: i for i, name in enumerate(content["classes"])}
-        pairs = [(i, known[name]) for i, name in enumerate(classes) if name in known]
-        mapped = []
-        for layer, (groups, first) in model.class_layers().items():
-            for key in [key for key in state if key.startswith(layer + ".") and key in own]:
-                state[key] = copy_classes(own[key], state[key], groups, first, len(classes), len(content["classes"]), pairs)
-                mapped.append(key)
-        anew = [name for name in classes if name not in known]
-        kept = ", ".join(classes[i] for i, _ in pairs) or "none"
+def fetch_released(name):
+    """The name of a released file (ecdet_s.pth) or repository (Intellindust/ECDet_S) -> the file's path, downloaded.
+
+    None if the name is neither. Raises UserError.
+    """
+    path = Path(name)
+    try:
+        if path.name in FILES and path.parent.is_dir():
+            return download(ECVIT_RELEASE + path.name)
+        if re.fullmatch(r"[\w.-]+/ECDet_\w+", str(name)):
+            say_licence(str(name))
+            return Path(huggingface_hub.hf_hub_download(str(name), "model.safetensors"))
+    except (urllib.error.URLError, OSError) as error:
+        raise UserError(
+            f"{name}: can't be downloaded ({first_line(error)}); download it elsewhere and give the path of the file"
+        ) from None
+    return None
+
+
+def released_weights(content):
+    """The content of a released file -> its state dict, or None if it is something else.
+
+    The averaged weights are under ema.module, others under model, or the file holds the state dict itself.
+    """
+    ema = content.get("ema")
+    state = ema.get("module") if isinstance(ema, dict) else content.get("model", content)
+    if not isinstance(state, dict):
+        return None
+    state = {str(key).removeprefix("module."): value for key, value in state.items()}
+    if SCORES not in state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        return None
+    return state
+
+
+def released_checkpoint(state, source):
+    """A released file's state dict -> a checkpoint's dictionary. Every weight has to fit. Raises UserError."""
+    size, num_classes = recognise_size(state, source), len(state[SCORES])
+    config = {
+        "detector": "ecdet",
+        "size": size,
+        "backbone": SIZES[size]["backbone"],
+        "backbone_weights": None,
+        "num_classes": num_classes,
+        "num_queries": 300,
+        "decoder_layers": SIZES[size]["layers"],
+        "image_size": 640,
+        "square": True,
+        "exact_sides": True,
+    }
+    name, own = f"ECDet-{size.upper()}", build_model(config)[0].state_dict()
+    constants = {key for key in own | state if CONSTANTS.fullmatch(key)}
+    compare_constants(state, own, constants, source)
+    weights = {key: value for key, value in state.items() if key not in constants}
+    expected = own.keys() - constants
+    mismatched = [key for key in expected & weights.keys() if own[key].shape != weights[key].shape]
+    check_keys(source, name, expected - weights.keys(), weights.keys() - expected, mismatched)
+    classes, category_ids = coco_classes()
+    if num_classes != len(classes):
+        classes, category_ids = [f"class {i}" for i in range(num_classes)], list(range(num_classes))
         print(
-            f"{source}: all weights but {len(mapped)} of the layers that give the classes; in these, kept by name: {kept}; "
-            f"made anew: {', '.join(anew) or 'none'}"
+            f"{source}: {name} with {num_classes} classes, which are not COCO's; they are called class 0, class 1, ..."
         )
-    load_strictly(model, state, source)
+    return {
+        "format": FORMAT,
+        "model": {key: weights[key].to(value.dtype) if key in weights else value for key, value in own.items()},
+        "config": config,
+        "classes": classes,
+        "category_ids": category_ids,
+    }
 
 
-def copy_classes(ours, theirs, groups, first, count, their_count, pairs):
-    """A class layer's weight (groups * (first + count + rest), ...) with rows of another's, which has their_count classes: those of
-    `pairs` [(our class, theirs)], and what comes before and after the classes in each group, as the background."""
-    if len(theirs) != groups * (len(ours) // groups - count + their_count):
-        return theirs  # made for something else: loading it says so
-    copied = ours.clone()
-    to, of = copied.unflatten(0, (groups, -1)), theirs.unflatten(0, (groups, -1))
-    to[:, :first], to[:, first + count :] = of[:, :first], of[:, first + their_count :]
-    for new, old in pairs:
-        to[:, first + new] = of[:, first + old]
-    return copied
+def recognise_size(state, source):
+    """A released file's state dict -> the size that has its shapes, "s", "m", "l" or "x". Raises UserError."""
+    keys = (
+        "backbone.backbone.register_token",
+        "encoder.encoder.0.layers.0.linear1.weight",
+        "decoder.decoder.layers.0.linear1.weight",
+    )
+    shapes = [tuple(state[key].shape) if key in state else None for key in keys]
+    for size, parts in SIZES.items():
+        dim = parts["dim"]
+        if shapes[1:] == [(parts["encoder_ffn"], dim), (parts["decoder_ffn"], dim)]:
+            return size
+    raise UserError(f"{source}: an ECDet, but of none of the sizes {', '.join(SIZES)}: {dict(zip(keys, shapes))}")
+
+
+def compare_constants(state, own, constants, source):
+    """Prints a line if constants of a released file's state dict are not those of our architecture."""
+    expected = dict(own)
+    for key in constants:
+        name = key.rsplit(".", 1)[-1]
+        if name in CONSTANT_VALUES:
+            expected[key] = torch.tensor([CONSTANT_VALUES[name]])
+    differing = []
+    for key in sorted(constants & expected.keys() & state.keys()):
+        ours, theirs = expected[key], state[key]
+        if ours.shape != theirs.shape or not torch.allclose(ours.float(), theirs.float(), rtol=1e-3):
+            differing.append(key)
+    if differing:
+        print(
+            f"{source}: {len(differing)} constants are not those of the architecture ({', '.join(differing[:3])} ...); "
+            "the architecture's are used"
+        )
+
+
+def coco_classes():
+    """-> the names of COCO's 80 classes and their category ids, in order."""
+    names = SSD300_VGG16_Weights.COCO_V1.meta["categories"]  # by id, with gaps
+    ids = [i for i, name in enumerate(names) if name not in ("__background__", "N/A")]
+    return [names[i] for i in ids], ids

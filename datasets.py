@@ -1,74 +1,45 @@
-"""Labelled pictures from disk to tensors: `DetectionDataset` turns a `Split` of layouts.py into what a detector trains on.
+"""Labelled images from disk to batches of tensors: `DetectionDataset` loads and augments the records of a `Split`.
 
-    python datasets.py DIR          what a data set holds, what is suspicious about it, and a picture of samples
+    python datasets.py DIR      prints statistics and suspicious findings of a dataset, and draws samples of it
 
-A target has `boxes` (T, 4), `labels` (T,) in 0..K-1 in the order of `classes`, `area`, `iscrowd`, `image_id`, `orig_size` and `size` (height, width).
-Category ids of any kind stay in `category_ids`, for results files.
+A target has `boxes` (T, 4), `labels` (T,) in 0..K-1 in the order of the split's `classes`, `area` (T,), `iscrowd` (T,),
+`image_id`, the index of the record, and `orig_size` and `size`, both (height, width).
 """
 
 import argparse
-import ctypes
 import hashlib
 import itertools
 import math
 import random
-import signal
-import sys
 from collections import Counter, defaultdict
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as TF
 
 import plots
-from errors import UserError, run
-from files import open_image
+from errors import UserError, run_script, writing
 from layouts import LAYOUTS, load_splits
-from transforms import longest_side, mix_up, mosaic, resized_sides
-
-
-def read_image(path, upright=True, detail=None):
-    """Any picture file -> RGB PIL image: turned as its EXIF says, transparency over white, 16 bits scaled to 8.
-
-    detail: a JPEG is decoded at a half, a quarter or an eighth if its shortest side keeps so many pixels.
-    """
-    with open_image(path) as image:
-        n = reduction(*image.size, detail)
-        image.draft(None, (image.width // n, image.height // n))
-        if upright:
-            ImageOps.exif_transpose(image, in_place=True)
-        if image.mode.startswith(("I", "F")):
-            values = np.asarray(image, dtype=np.float32)
-            top = 65535 if image.mode.startswith("I") and values.max() > 255 else max(values.max(), 1) if image.mode == "F" else 255
-            image = Image.fromarray((values * (255 / top)).clip(0, 255).astype(np.uint8))
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image.load()
-        return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def reduction(width, height, detail):
-    """1, 2, 4 or 8: how many pixels, along each side, may become one. None is ever cut, so that boxes stay exact."""
-    return next(n for n in (8, 4, 2, 1) if n == 1 or detail and min(width, height) // n >= detail and width % n == height % n == 0)
+from transforms import longest_side, mix_up, mosaic, read_image, reduction, resized_sides
 
 
 class Draw(NamedTuple):
-    """Which image, and how it is augmented; the augmentation depends on nothing else, whichever process does it and whenever."""
+    """An image and its augmentation, which depends on nothing else, in whatever process and order it is computed."""
 
     index: int
     seed: int = 0
     side: float | None = None  # in [0, 1), picks the transform, see transforms.PickOne; None: the whole image
     is_mosaic: bool = False
-    mix: float | None = None  # what the image keeps of itself where its batch is mixed up
+    mix: float | None = None  # the image's own weight where its batch is mixed up; None: no mix-up
 
 
 class DetectionDataset(torch.utils.data.Dataset):
-    """Records as (image, target) after `transforms`, indexed by a Draw (or a tuple of its parts, or an index alone). Decoded
-    pictures are kept in memory if `cache_bytes` hold them all. detail: see read_image."""
+    """The records of a Split as (image, target) after `transforms`; indices are Draws, tuples like them, or ints.
+
+    Decoded images are kept in memory if all of them fit into cache_bytes. detail: see read_image.
+    """
 
     def __init__(self, split, transforms, cache_bytes=0, detail=None):
         self.split, self.transforms, self.detail = split, transforms, detail
@@ -82,119 +53,150 @@ class DetectionDataset(torch.utils.data.Dataset):
         draw = Draw(*index) if isinstance(index, tuple) else Draw(index, index)
         sample = self.load(draw.index)
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(draw.seed)  # torch.manual_seed keeps a note for every device that is not in use yet
+            # torch.manual_seed would also queue a call for every device that is not in use yet
+            torch.default_generator.manual_seed(draw.seed)
             if draw.is_mosaic:
-                others = (self.load(i) for i in torch.randint(len(self), (3,)).tolist())
+                others = [self.load(i) for i in torch.randint(len(self), (3,)).tolist()]
                 sample = mosaic([sample, *others], self.transforms.tile)
             return self.transforms(*sample, draw.side, draw.is_mosaic)
 
     def __getitems__(self, indices):
-        """A batch at once, as DataLoader asks for it."""
+        """A batch at once, as DataLoader asks for it: only here can its images be mixed up."""
         samples = [self[index] for index in indices]
         mix = Draw(*indices[0]).mix if isinstance(indices[0], tuple) else None
         return samples if mix is None else mix_up(samples, mix)
 
     def load(self, index):
-        """-> the whole picture as uint8 tv_tensors.Image (3, H, W) and its target, boxes xyxy in pixels."""
+        """-> the whole image, a uint8 tv_tensors.Image (3, H, W), and its target, boxes xyxy in pixels."""
         record = self.split.records[index]
-        image = self.cache.get(index)
-        if image is None:
-            try:
-                image = TF.pil_to_tensor(read_image(record.path, record.upright, self.detail))
-            except Exception as error:  # it could be read when the run began
-                raise UserError(f"{record.path}: can't be read any more ({error})") from None
-            if image.nbytes <= self.room:
-                self.room -= image.nbytes
-                self.cache[index] = image
+        image = self.pixels(index)
         keep = ~record.ignored
-        h, w = image.shape[-2:]
-        smaller = w / record.width
+        height, width = image.shape[-2:]
+        scale = width / record.width  # below 1 if the image was decoded smaller, see reduction
+        boxes = torch.from_numpy(record.boxes[keep] * scale).float()
         target = {
-            "boxes": tv_tensors.BoundingBoxes(torch.from_numpy(record.boxes[keep] * smaller).float(), format="XYXY", canvas_size=(h, w)),
+            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width)),
             "labels": torch.from_numpy(record.labels[keep]),
-            "area": torch.from_numpy(record.areas[keep] * smaller**2).float(),
+            "area": torch.from_numpy(record.areas[keep] * scale**2).float(),
             "iscrowd": torch.zeros(int(keep.sum()), dtype=torch.long),
             "image_id": index,
             "orig_size": torch.tensor([record.height, record.width]),
         }
         return tv_tensors.Image(image), target
 
-
-def start_worker(_=None):
-    """For processes that work for this one, such as DataLoader's. Ctrl-C reaches them too; the main process alone decides what it means.
-    They end when it is killed. What a picture took in memory is kept for the next: glibc would give it back, and getting it again, zeroed
-    page by page, took a quarter of the time."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if libc:
-        set_parent_death_signal = 1
-        libc.prctl(set_parent_death_signal, signal.SIGKILL)
-    if hasattr(libc, "mallopt"):
-        trim_threshold, mmap_max = -1, -4
-        libc.mallopt(trim_threshold, 2**31 - 1)
-        libc.mallopt(mmap_max, 0)
+    def pixels(self, index):
+        """-> uint8 (3, H, W) of an image, from the cache or from its file. Raises UserError."""
+        if index in self.cache:
+            return self.cache[index]
+        record = self.split.records[index]
+        try:
+            image = TF.pil_to_tensor(read_image(record.path, record.upright, self.detail))
+        except Exception as error:  # it could be read when the run began
+            raise UserError(f"{record.path}: can't be read any more ({error})") from None
+        if image.nbytes <= self.room:
+            self.room -= image.nbytes
+            self.cache[index] = image
+        return image
 
 
 def decoded_bytes(record, detail):
-    """What a picture takes in memory, if its file is what its name says."""
-    n = reduction(record.width, record.height, detail) if record.path.suffix.lower() in (".jpg", ".jpeg") else 1
+    """The memory that a decoded image takes, if its file has the format that its suffix says."""
+    is_jpeg = record.path.suffix.lower() in (".jpg", ".jpeg")
+    n = reduction(record.width, record.height, detail) if is_jpeg else 1
     return 3 * record.width * record.height // n**2
 
 
+# Batches
+
+
 class EndlessBatches:
-    """Batches of Draws without end, for DataLoader's batch_sampler: the data set is shuffled anew in every round, each image
-    comes once in each, and batches go across rounds, so that all are full. `first` batches are left out, to resume a run.
+    """Infinite batch sampler: reshuffles every epoch and crosses epoch boundaries, so that every batch is full.
 
-    proportions: each image's width / height, by which images are put together, see by_proportions; None leaves it to chance.
-    phase: (images shown so far) -> "plain", "varied" or "mixed", see transforms; a batch shares its `side`. mixing: how
-    likely an image is a mosaic and a batch is mixed up where it is "mixed". share: (rank, number of processes), each of which
-    takes its part of every batch; pieces: in how many batches it gets that part, for accumulation.
+    Yields lists of Draws, for DataLoader's batch_sampler.
 
-    All that is drawn for a batch comes from one generator in turn: draws that share a seed would be the same number.
+    length: number of images; each comes once an epoch.
+    phase: (images shown so far) -> "plain": whole images; "varied": one transform for a batch, picked by its `side`; or
+        "mixed": as "varied", with mosaics and mix-up.
+    first: number of the batch to begin with, to resume a run.
+    share: (rank, number of processes); each process gets its slice of every batch.
+    aspect_ratios: (length,) width / height of the images; similar ones share a batch, see group_by_aspect_ratio. None
+        leaves that to chance.
+    mixing: in the "mixed" phase, the probability of an image to be a mosaic, and of a batch to be mixed up.
+    pieces: a process gets its slice of a batch in this many batches, for gradient accumulation.
     """
 
-    def __init__(self, length, batch_size, seed, phase, first=0, share=(0, 1), proportions=None, mixing=0.5, pieces=1):
-        self.length, self.batch_size, self.seed, self.phase, self.first, self.share = length, batch_size, seed, phase, first, share
-        self.proportions = torch.ones(length) if proportions is None else proportions
-        self.mixing, self.pieces, self.last_order = mixing, pieces, (None, [])
+    def __init__(
+        self, length, batch_size, seed, phase, first=0, share=(0, 1), aspect_ratios=None, mixing=0.5, pieces=1
+    ):
+        self.length, self.batch_size, self.seed, self.phase = length, batch_size, seed, phase
+        self.first, self.share, self.mixing, self.pieces = first, share, mixing, pieces
+        self.aspect_ratios = torch.ones(length) if aspect_ratios is None else aspect_ratios
+        self.last_order = (None, [])  # the latest epoch and its order
 
     def __iter__(self):
         rank, world = self.share
         for number in itertools.count(self.first):
-            mine = self.batch(number)[rank::world]
-            size = len(mine) // self.pieces
-            yield from (mine[i : i + size] for i in range(0, len(mine), size))
+            draws = self.batch(number)[rank::world]
+            size = len(draws) // self.pieces
+            for i in range(0, len(draws), size):
+                yield draws[i : i + size]
 
     def batch(self, number):
-        """-> the Draws of all processes."""
-        start = number * self.batch_size
-        places = (divmod(position, self.length) for position in range(start, start + self.batch_size))
-        indices = [self.order(round_)[place] for round_, place in places]
-        draws, phase = random.Random(f"{self.seed} batch {number}"), self.phase(start)
-        side, mixes, mix = draws.random(), draws.random() < self.mixing, 0.45 + 0.1 * draws.random()
-        side, mix = None if phase == "plain" else side, mix if phase == "mixed" and mixes else None
-        is_mosaic = [draws.random() < self.mixing and phase == "mixed" for _ in indices]
-        return [Draw(index, draws.getrandbits(31), side, *more, mix) for index, *more in zip(indices, is_mosaic)]
+        """-> the Draws of all processes for a batch.
 
-    def order(self, round_):
-        """The images' indices in the order of a round."""
-        if self.last_order[0] != round_:
-            generator = torch.Generator().manual_seed(random.Random(f"{self.seed} round {round_}").getrandbits(63))
-            order = torch.randperm(self.length, generator=generator)
-            begun = -round_ * self.length % self.batch_size  # so many belong to a batch of the last round
-            order = torch.cat([order[:begun], by_proportions(order[begun:], self.proportions, self.batch_size)])
-            self.last_order = round_, order.tolist()
+        One generator gives all its random numbers in turn: generators with the same seed would give the same numbers.
+        """
+        start = number * self.batch_size
+        rng, phase = random.Random(f"{self.seed} batch {number}"), self.phase(start)
+        side, is_mixed, mix = rng.random(), rng.random() < self.mixing, 0.45 + 0.1 * rng.random()  # drawn in any phase
+        if phase == "plain":
+            side = None
+        if phase != "mixed" or not is_mixed:
+            mix = None
+        indices = [self.index_at(position) for position in range(start, start + self.batch_size)]
+        mosaics = [rng.random() < self.mixing and phase == "mixed" for _ in indices]
+        return [Draw(index, rng.getrandbits(31), side, is_mosaic, mix) for index, is_mosaic in zip(indices, mosaics)]
+
+    def index_at(self, position):
+        """The image at a position of the endless sequence."""
+        epoch, place = divmod(position, self.length)
+        return self.order(epoch)[place]
+
+    def order(self, epoch):
+        """The images' indices in the order of an epoch."""
+        if self.last_order[0] != epoch:
+            seed = random.Random(f"{self.seed} round {epoch}").getrandbits(63)
+            order = torch.randperm(self.length, generator=torch.Generator().manual_seed(seed))
+            begun = -epoch * self.length % self.batch_size  # so many complete the last batch of the epoch before
+            grouped = group_by_aspect_ratio(order[begun:], self.aspect_ratios, self.batch_size)
+            self.last_order = epoch, torch.cat([order[:begun], grouped]).tolist()
         return self.last_order[1]
 
 
-def proportions_of(split):
-    """Width / height of each picture (N,)."""
+def aspect_ratios_of(split):
+    """Width / height of each image (N,)."""
     return torch.tensor([record.width / record.height for record in split.records])
 
 
+def group_by_aspect_ratio(order, aspect_ratios, batch_size, batches=16):
+    """Puts images of similar aspect ratios into the same batch, so that little of it is padding: order (N,) -> (N,).
+
+    Within each `batches` full batches of `order` the images are redistributed by aspect ratio. The new batches come in
+    the order of their earliest images, which is as random as `order`. An incomplete batch at the end stays as it is.
+    """
+    positions, full = torch.arange(len(order)), len(order) // batch_size * batch_size
+    groups = []
+    for chunk in positions[:full].split(batches * batch_size):
+        by_ratio = chunk[aspect_ratios[order[chunk]].argsort(stable=True)].view(-1, batch_size)
+        groups.append(by_ratio[by_ratio.amin(1).argsort()].flatten())
+    return order[torch.cat([*groups, positions[full:]])]
+
+
 def equal_batches(sizes, batch_size, divisor):
-    """sizes [(height, width)] of images as the network gets them -> batches of their indices, [[index]], in each of which all
-    are padded to the same multiples of divisor: so what an image gives doesn't depend on the others."""
+    """sizes [(height, width)] of images as the network gets them -> batches of indices [[index]].
+
+    The images of a batch are padded to the same multiples of divisor, so that no result depends on the other images.
+    """
     groups = defaultdict(list)
     for index, (height, width) in enumerate(sizes):
         groups[math.ceil(height / divisor), math.ceil(width / divisor)].append(index)
@@ -203,124 +205,215 @@ def equal_batches(sizes, batch_size, divisor):
 
 def evaluation_batches(split, batch_size, divisor, size, square=False, exact=True):
     """equal_batches of a Split for eval_transforms(size, square, exact)."""
-    sizes = [
-        (size, size) if square else resized_sides(r.height, r.width, size, longest_side(size), exact) for r in split.records
-    ]
+    if square:
+        sizes = [(size, size)] * len(split.records)
+    else:
+        longest = longest_side(size)
+        sizes = [resized_sides(r.height, r.width, size, longest, exact) for r in split.records]
     return equal_batches(sizes, batch_size, divisor)
 
 
-def by_proportions(order, proportions, batch_size, batches=16):
-    """Puts pictures of like proportions into the same batch, so that little of it is padding. Of each `batches` full batches the pictures
-    are shared out anew, narrow ones first; then those batches come in the order of their first pictures in `order`, as random as that is.
-    What is left at the end stays as it is."""
-    places, full = torch.arange(len(order)), len(order) // batch_size * batch_size
-    found = []
-    for chunk in places[:full].split(batches * batch_size):
-        grouped = chunk[proportions[order[chunk]].argsort(stable=True)].view(-1, batch_size)
-        found.append(grouped[grouped.amin(1).argsort()].flatten())
-    return order[torch.cat([*found, places[full:]])]
-
-
 def collate(batch, divisor=32):
-    """[(image, target)] -> images (B, 3, H, W) padded at the right and bottom to multiples of divisor, mask (B, H, W) True on padding, targets."""
+    """[(image, target)] -> images (B, 3, H, W), mask (B, H, W) True on padding, targets.
+
+    Images are padded at the right and at the bottom to multiples of divisor.
+    """
     images, targets = zip(*batch)
-    h, w = (-(-max(i.shape[d] for i in images) // divisor) * divisor for d in (1, 2))
-    padded = images[0].new_zeros(len(images), h, w, 3).permute(0, 3, 1, 2)  # channels last
-    mask = torch.ones(len(images), h, w, dtype=torch.bool)
+    height = round_up(max(image.shape[1] for image in images), divisor)
+    width = round_up(max(image.shape[2] for image in images), divisor)
+    padded = images[0].new_zeros(len(images), height, width, 3).permute(0, 3, 1, 2)  # channels last
+    mask = torch.ones(len(images), height, width, dtype=torch.bool)
     for image, row, row_mask in zip(images, padded, mask):
         row[:, : image.shape[1], : image.shape[2]] = image
         row_mask[: image.shape[1], : image.shape[2]] = False
     return padded, mask, list(targets)
 
 
+def round_up(n, divisor):
+    return -(-n // divisor) * divisor
+
+
+# Statistics and suspicious findings
+
+
 def describe(split):
-    """Lines that tell what a Split holds."""
+    """A Split -> lines of statistics: sizes of images and boxes, and a table of the classes."""
     records = split.records
     boxes = np.concatenate([r.boxes for r in records])
-    labels = np.concatenate([r.labels for r in records])
-    areas, sides = np.concatenate([r.areas for r in records]), np.sqrt(np.prod(boxes[:, 2:] - boxes[:, :2], axis=1))
-    spread = lambda values, form="{:.0f}": " / ".join(form.format(v) for v in np.quantile(values, [0, 0.5, 1])) if len(values) else "-"
+    areas = np.concatenate([r.areas for r in records])
+    small = fraction_within(areas, 0, 32**2)
+    medium = fraction_within(areas, 32**2, 96**2)
+    large = fraction_within(areas, 96**2, np.inf)
+    return [
+        f"{split.name}: {len(records):,} images, {len(boxes):,} boxes, {len(split.classes)} classes",
+        *(f"  {remark}" for remark in split.remarks),
+        f"  sizes: {common_sizes(records)}",
+        f"  boxes per image, min / median / max: {min_median_max([len(r.boxes) for r in records])}",
+        f"  small, medium, large (area under 32x32, under 96x96, from 96x96 pixels): {small}, {medium}, {large}",
+        *class_table(split, boxes),
+    ]
+
+
+def common_sizes(records):
+    """The four most frequent sizes of images, for describe."""
     sizes = Counter((r.width, r.height) for r in records)
-    lines = [f"{split.name}: {len(records):,} pictures, {len(boxes):,} boxes, {len(split.classes)} classes"]
-    lines += [f"  {remark}" for remark in split.remarks]
-    lines.append("  sizes: " + ", ".join(f"{w}x{h} ({n})" for (w, h), n in sizes.most_common(4)) + (f", {len(sizes) - 4} others" if len(sizes) > 4 else ""))
-    lines.append(f"  boxes in a picture, least / median / most: {spread([len(r.boxes) for r in records])}")
-    share = lambda low, high: f"{((areas >= low) & (areas < high)).mean() if len(areas) else 0:.0%}"
-    lines.append(f"  small, medium, large (under 32, under 96, from 96 pixels squared): {share(0, 32**2)}, {share(32**2, 96**2)}, {share(96**2, np.inf)}")
-    lines.append(f"  {'class':24s} {'boxes':>8s} {'pictures':>8s}  side in pixels, least / median / most")
+    listed = ", ".join(f"{w}x{h} ({n})" for (w, h), n in sizes.most_common(4))
+    return listed + (f", {len(sizes) - 4} others" if len(sizes) > 4 else "")
+
+
+def min_median_max(values):
+    if not len(values):
+        return "-"
+    return " / ".join(f"{value:.0f}" for value in np.quantile(values, [0, 0.5, 1]))
+
+
+def fraction_within(values, low, high):
+    """The percentage of values in [low, high)."""
+    fraction = ((values >= low) & (values < high)).mean() if len(values) else 0
+    return f"{fraction:.0%}"
+
+
+def class_table(split, boxes):
+    """A row for each class: its boxes, the images that have any, the side of a square of their area."""
+    labels = np.concatenate([r.labels for r in split.records])
+    sides = np.sqrt(np.prod(boxes[:, 2:] - boxes[:, :2], axis=1))
+    lines = [f"  {'class':24s} {'boxes':>8s} {'images':>8s}  side in pixels, min / median / max"]
     for label, name in enumerate(split.classes):
-        mine = labels == label
-        lines.append(f"  {name[:24]:24s} {mine.sum():8,d} {sum(label in r.labels for r in records):8,d}  {spread(sides[mine])}")
+        of_class = labels == label
+        images = sum(label in r.labels for r in split.records)
+        lines.append(f"  {name[:24]:24s} {of_class.sum():8,d} {images:8,d}  {min_median_max(sides[of_class])}")
     return lines
 
 
-def suspicions(train, val):
-    """What may be wrong with a data set, a line each."""
-    lines, homes = [], defaultdict(list)
+def find_problems(train, val):
+    """The suspicious findings in a dataset's two Splits, a line for each kind."""
+    return [*image_problems(train, val), *class_problems(train, val), *box_problems(train, val)]
+
+
+def image_problems(train, val):
+    """Identical files in both splits, or several times in one."""
+    copies = defaultdict(list)  # digest of the content: [(split name, path)]
     for split in (train, val):
         for record in split.records:
-            homes[hashlib.sha256(record.path.read_bytes()).digest()].append((split.name, record.path))
-    named = lambda paths: ", ".join(str(path) for path in paths[:3]) + (", ..." if len(paths) > 3 else "")
-    twice = [places for places in homes.values() if len(places) > 1]
-    leaked = [next(path for name, path in places if name == val.name) for places in twice if len({name for name, _ in places}) == 2]
+            digest = hashlib.sha256(record.path.read_bytes()).digest()
+            copies[digest].append((split.name, record.path))
+    leaked, repeated = [], []
+    for files in copies.values():
+        if len({name for name, _ in files}) == 2:
+            leaked.append(next(path for name, path in files if name == val.name))
+        for split in (train, val):
+            repeated += [path for name, path in files if name == split.name][1:]
+    lines = []
     if leaked:
-        lines.append(f"{len(leaked)} pictures of {val.name} are in {train.name} too, byte by byte: the figures will be too good ({named(leaked)})")
-    again = [path for places in twice for split in (train, val) for name, path in [p for p in places if p[0] == split.name][1:]]
-    if again:
-        lines.append(f"{len(again)} pictures are there more than once in their part ({named(again)})")
-    counts = [Counter(int(label) for r in split.records for label in r.labels) for split in (train, val)]
-    unseen = [name for label, name in enumerate(train.classes) if counts[1][label] and not counts[0][label]]
+        lines.append(
+            f"{len(leaked)} images of {val.name} are in {train.name} too, byte by byte: "
+            f"the measured AP will be too high ({first_paths(leaked)})"
+        )
+    if repeated:
+        lines.append(f"{len(repeated)} images are duplicates within their split ({first_paths(repeated)})")
+    return lines
+
+
+def class_problems(train, val):
+    """Classes that are never trained, hardly trained, or never used."""
+    train_counts, val_counts = (count_labels(split) for split in (train, val))
+    unseen, rare, unused = [], [], []
+    for label, name in enumerate(train.classes):
+        count = train_counts[label]
+        if 0 < count < 10:
+            rare.append(f"{name} ({count})")
+        elif count == 0 and val_counts[label]:
+            unseen.append(name)
+        elif count == 0:
+            unused.append(name)
+    lines = []
     if unseen:
-        lines.append(f"classes of {val.name} that {train.name} has no box of: {', '.join(unseen)}")
-    rare = [f"{name} ({counts[0][label]})" for label, name in enumerate(train.classes) if 0 < counts[0][label] < 10]
+        lines.append(f"classes of {val.name} without any box in {train.name}: {', '.join(unseen)}")
     if rare:
         lines.append(f"classes with fewer than ten boxes in {train.name}: {', '.join(rare)}")
-    unused = [name for label, name in enumerate(train.classes) if not counts[0][label] and not counts[1][label]]
     if unused:
         lines.append(f"classes without any box: {', '.join(unused)}")
-    thin, doubled, whole = [], [], []
+    return lines
+
+
+def count_labels(split):
+    return Counter(int(label) for record in split.records for label in record.labels)
+
+
+def box_problems(train, val):
+    """Boxes that are hardly boxes, duplicated, or as large as their image."""
+    thin, duplicated, full = [], [], []  # the path of the image, once for each box
     for record in (*train.records, *val.records):
         sides = record.boxes[:, 2:] - record.boxes[:, :2]
-        thin += [record.path] * int((sides.min(1) <= 1).sum()) if len(sides) else []
-        doubled += [record.path] * (len(sides) - len({(*box, label) for box, label in zip(record.boxes.tolist(), record.labels.tolist())}))
-        whole += [record.path] * int((sides.prod(1) >= 0.98 * record.width * record.height).sum())
-    for paths, what in ((thin, "boxes are one pixel wide or high, or less"), (doubled, "boxes are there twice, with the same class"), (whole, "boxes are as large as their picture")):
-        if paths:
-            lines.append(f"{len(paths)} {what} ({named(list(dict.fromkeys(paths)))})")
-    return lines
+        distinct = {(*box, label) for box, label in zip(record.boxes.tolist(), record.labels.tolist())}
+        thin += [record.path] * int((sides.min(1) <= 1).sum())
+        duplicated += [record.path] * (len(sides) - len(distinct))
+        full += [record.path] * int((sides.prod(1) >= 0.98 * record.width * record.height).sum())
+    findings = {
+        "boxes are at most one pixel wide or high": thin,
+        "boxes are duplicates with the same class": duplicated,
+        "boxes are as large as their image": full,
+    }
+    return [f"{len(paths)} {what} ({first_paths(dict.fromkeys(paths))})" for what, paths in findings.items() if paths]
+
+
+def first_paths(paths):
+    """The first three of some paths, for messages."""
+    paths = list(paths)
+    return ", ".join(str(path) for path in paths[:3]) + (", ..." if len(paths) > 3 else "")
 
 
 def draw_sheet(split, count=12):
-    """Pictures from all over a split with their boxes -> PIL image."""
-    chosen = [split.records[i] for i in np.linspace(0, len(split.records) - 1, min(count, len(split.records))).astype(int)]
-    return plots.tile([plots.draw_boxes(read_image(r.path, r.upright), r.boxes, r.labels, split.classes) for r in chosen], 4)
+    """Images from all over a Split with their boxes -> PIL image."""
+    places = np.linspace(0, len(split.records) - 1, min(count, len(split.records))).astype(int)
+    samples = []
+    for record in (split.records[i] for i in places):
+        image = read_image(record.path, record.upright)
+        samples.append(plots.draw_boxes(image, record.boxes, record.labels, split.classes))
+    return plots.tile(samples, 4)
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", metavar="DIR", help="folder of the dataset")
+    parser.add_argument("--layout", choices=LAYOUTS, help="default: detected, and printed")
+    parser.add_argument("--train-split", metavar="NAME", help="the split to train on, e.g. trainval")
+    parser.add_argument("--val-split", metavar="NAME", help="the split to evaluate on, e.g. test")
+    parser.add_argument("--skip-bad-images", action="store_true", help="leave out images that can't be read")
+    parser.add_argument(
+        "--allow-outside", action="store_true", help="files may lie outside of DIR, through links or absolute paths"
+    )
+    parser.add_argument(
+        "--out", default="samples.png", metavar="FILE", help="image of samples to write (default: samples.png)"
+    )
+    return parser
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", metavar="DIR")
-    parser.add_argument("--layout", choices=LAYOUTS, help="default: by looking")
-    parser.add_argument("--train-split", metavar="NAME")
-    parser.add_argument("--val-split", metavar="NAME")
-    parser.add_argument("--skip-bad-images", action="store_true", help="leave out pictures that can't be read")
-    parser.add_argument("--allow-outside", action="store_true", help="files may lie outside of DIR, through links or absolute paths")
-    parser.add_argument("--out", default="samples.png", metavar="FILE", help="default: samples.png")
-    arguments = parser.parse_args()
-    train, val = load_splits(arguments.data, arguments.train_split, arguments.val_split, arguments.skip_bad_images, arguments.layout, allow_outside=arguments.allow_outside)
+    arguments = build_parser().parse_args()
+    train, val = load_splits(
+        arguments.data,
+        arguments.train_split,
+        arguments.val_split,
+        arguments.skip_bad_images,
+        arguments.layout,
+        allow_outside=arguments.allow_outside,
+    )
     if train.layout == "json" and (arguments.train_split or arguments.val_split):
-        raise UserError(f"{arguments.data} is a single COCO file, which has no parts to choose; leave out --train-split and --val-split")
+        raise UserError(
+            f"{arguments.data} is a single COCO file, which has no splits to choose; "
+            "leave out --train-split and --val-split"
+        )
     for line in [*describe(train), *describe(val)]:
         print(line)
-    found = suspicions(train, val)
-    print("suspicious: " + ("nothing" if not found else ""))
-    for line in found:
+    problems = find_problems(train, val)
+    print("suspicious: " + ("nothing" if not problems else ""))
+    for line in problems:
         print(f"  {line}")
-    try:
+    with writing(arguments.out, "; choose another --out", also=[ValueError]):
         draw_sheet(train).save(arguments.out)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{arguments.out}: can't be written ({error})") from None
     print(f"samples of {train.name} are in {arguments.out}")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

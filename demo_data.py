@@ -1,7 +1,9 @@
-"""Draws data sets, shapes on textured noise, as COCO files, the same ones for the same seed. `train.py` draws the demo by itself.
+"""Draws synthetic datasets, shapes on textured noise, as COCO files; the same seed gives the same dataset.
 
-    python demo_data.py tiny             data/tiny: up to 25 shapes of 6 to 14 pixels in an image
-    python demo_data.py crowds           data/crowds: heaps of shapes whose boxes overlap by an IoU of up to 0.8
+    python demo_data.py tiny      data/tiny: up to 25 shapes of 6 to 14 pixels in an image
+    python demo_data.py crowds    data/crowds: piles of shapes whose boxes overlap by an IoU of up to 0.8
+
+`train.py` draws its demo by itself.
 """
 
 import argparse
@@ -14,43 +16,54 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from errors import UserError, run
+from errors import UserError, run_script
 
 CLASSES = ("disc", "square", "triangle", "star", "cross")
+ATTEMPTS = 20  # to place a shape, before the image does without it
 SCALE = 4  # shapes are drawn this much larger, then shrunk, for smooth edges
 
 
 @dataclass
 class Kind:
-    """What is drawn: images of side x side pixels, `most` shapes in one, whose longer sides are these shares of the image's."""
+    """What the images of a dataset are like: side x side pixels, with a random number of shapes."""
 
     side: int = 128
-    fewest: int = 1
+    fewest: int = 1  # shapes
     most: int = 8
-    smallest: float = 0.08
+    smallest: float = 0.08  # longer side of a shape, as a fraction of the image's
     largest: float = 0.4
-    hidden: float = 0.2  # share of the smaller of any two boxes that the other one covers, at most
-    heaped: float = 0.0  # share of shapes that are laid on another
-    iou: float = 1.0  # of any two boxes, at most
-    visible: float = 0.0  # share of a shape that later ones leave, at least
+    max_overlap: float = 0.2  # of two boxes: intersection over the smaller one's area
+    max_iou: float = 1.0  # of two boxes
+    stacked: float = 0.0  # fraction of shapes that are placed on another one
+    min_visible: float = 0.0  # fraction of a shape that later ones leave uncovered
 
 
 DEMO = Kind()
 KINDS = {
     "demo": DEMO,
     "tiny": Kind(side=224, fewest=5, most=25, smallest=6 / 224, largest=14 / 224),
-    "crowds": Kind(side=224, fewest=8, most=30, smallest=0.16, largest=0.25, hidden=1.0, heaped=0.7, iou=0.8, visible=0.3),
-}  # fmt: skip
+    "crowds": Kind(
+        side=224,
+        fewest=8,
+        most=30,
+        smallest=0.16,
+        largest=0.25,
+        max_overlap=1.0,
+        max_iou=0.8,
+        stacked=0.7,
+        min_visible=0.3,
+    ),
+}
 
 
-def outline(kind, angle):
-    """Corners (x, y) of a shape around (0, 0), turned by angle."""
-    if kind == "disc":
+def outline(shape, angle):
+    """The corners [(x, y)] of one of CLASSES around (0, 0), rotated by angle."""
+    if shape == "disc":
         points = [(1, 2 * math.pi * i / 48) for i in range(48)]
-    elif kind in ("square", "triangle"):
-        corners = 4 if kind == "square" else 3
+    elif shape in ("square", "triangle"):
+        corners = 4 if shape == "square" else 3
         points = [(1, 2 * math.pi * i / corners) for i in range(corners)]
-    elif kind == "star":
+    elif shape == "star":
         points = [(1 if i % 2 == 0 else 0.45, math.pi * i / 5) for i in range(10)]
     else:
         arm = 0.3
@@ -60,59 +73,87 @@ def outline(kind, angle):
 
 
 def textured_noise(rng, side):
-    """Sum of noise at several scales, each colour apart: (side, side, 3) float in 0..255."""
+    """The sum of noise at several scales, each colour by itself: (side, side, 3) float in 0..255."""
     total = np.zeros((side, side, 3))
     for cells in (2, 4, 8, 16, 32, side):
-        grain = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
+        grain = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
+        grain = grain.resize((side, side), Image.Resampling.BICUBIC)
         total += (np.asarray(grain, dtype=float) - 127.5) * rng.uniform(0.1, 0.5)
     return (total + rng.uniform(60, 195, 3)).clip(0, 255)
 
 
+def rasterize(points):
+    """Corners (P, 2) in pixels -> the mask (h, w, 1) in [0, 1] of their polygon, and its left and top pixel."""
+    left, top = np.floor(points.min(0)).astype(int)
+    w, h = np.ceil(points.max(0)).astype(int) - (left, top)
+    canvas = Image.new("L", (w * SCALE, h * SCALE))
+    ImageDraw.Draw(canvas).polygon([tuple(p) for p in (points - (left, top)) * SCALE], fill=255)
+    mask = np.asarray(canvas.resize((w, h), Image.Resampling.BOX), dtype=float)[..., None] / 255
+    return mask, left, top
+
+
+class Scene:
+    """An image that is drawn shape by shape."""
+
+    def __init__(self, rng, kind):
+        self.rng, self.kind = rng, kind
+        self.pixels = textured_noise(rng, kind.side)  # (side, side, 3) float
+        self.owner = np.full((kind.side, kind.side), -1)  # the number of the shape on top, -1: none
+        self.boxes, self.labels = [], []  # boxes are xywh in pixels
+        self.areas = []  # pixels of each shape, covered ones included
+
+    def try_shape(self):
+        """Draws one random shape, unless it would break a rule of the kind -> whether it was drawn."""
+        label, points = self.random_shape()
+        mask, left, top = rasterize(points)
+        ys, xs = np.nonzero(mask[..., 0] > 0.5)
+        box = (int(left + xs.min()), int(top + ys.min()), int(np.ptp(xs) + 1), int(np.ptp(ys) + 1))
+        if any(overlap(box, o) > self.kind.max_overlap or iou(box, o) > self.kind.max_iou for o in self.boxes):
+            return False
+        owner = self.owner.copy()
+        owner[top + ys, left + xs] = len(self.boxes)
+        visible = np.bincount(owner[owner >= 0], minlength=len(self.boxes))
+        if any(visible[i] < self.kind.min_visible * area for i, area in enumerate(self.areas)):
+            return False
+        colour = self.rng.uniform(0, 255, 3)
+        window = self.pixels[top : top + mask.shape[0], left : left + mask.shape[1]]
+        contrast = np.quantile(np.linalg.norm(window[ys, xs] - colour, axis=1), 0.1)
+        if contrast <= 70:
+            return False
+        window += (colour - window) * mask
+        self.owner = owner
+        self.boxes.append(box)
+        self.labels.append(label)
+        self.areas.append(len(ys))
+        return True
+
+    def random_shape(self):
+        """-> a label, and the corners (P, 2) in pixels of a shape of random angle, size and place."""
+        rng, kind = self.rng, self.kind
+        label = int(rng.integers(len(CLASSES)))
+        points = np.array(outline(CLASSES[label], rng.uniform(0, 2 * math.pi)))
+        points -= points.min(0)
+        points *= rng.uniform(kind.smallest, kind.largest) * kind.side / points.max()
+        free = kind.side - points.max(0)
+        corner = rng.uniform(0, free)
+        if kind.stacked and self.boxes and rng.random() < kind.stacked:
+            x, y, w, h = self.boxes[rng.integers(len(self.boxes))]
+            corner = (np.array([x, y]) + rng.normal(0, 0.15, 2) * (w, h)).clip(0, free)
+        return label, points + corner
+
+
 def draw_picture(rng, kind=DEMO):
-    """-> uint8 (side, side, 3), boxes [(x, y, w, h)], labels."""
-    side = kind.side
-    picture, owner = textured_noise(rng, side), np.full((side, side), -1)
-    boxes, labels, areas = [], [], []
+    """Draws an image -> uint8 (side, side, 3), boxes [(x, y, w, h)], labels."""
+    scene = Scene(rng, kind)
     for _ in range(rng.integers(kind.fewest, kind.most + 1)):
-        for _ in range(20):
-            label = int(rng.integers(len(CLASSES)))
-            points = np.array(outline(CLASSES[label], rng.uniform(0, 2 * math.pi)))
-            points -= points.min(0)
-            points *= rng.uniform(kind.smallest, kind.largest) * side / points.max()
-            free = side - points.max(0)
-            corner = rng.uniform(0, free)
-            if kind.heaped and boxes and rng.random() < kind.heaped:
-                x, y, w, h = boxes[rng.integers(len(boxes))]
-                corner = (np.array([x, y]) + rng.normal(0, 0.15, 2) * (w, h)).clip(0, free)
-            points += corner
-            x0, y0 = np.floor(points.min(0)).astype(int)
-            w, h = np.ceil(points.max(0)).astype(int) - (x0, y0)
-            canvas = Image.new("L", (w * SCALE, h * SCALE))
-            ImageDraw.Draw(canvas).polygon([tuple(p) for p in (points - (x0, y0)) * SCALE], fill=255)
-            mask = np.asarray(canvas.resize((w, h), Image.Resampling.BOX), dtype=float)[..., None] / 255
-            ys, xs = np.nonzero(mask[..., 0] > 0.5)
-            box = (int(x0 + xs.min()), int(y0 + ys.min()), int(np.ptp(xs) + 1), int(np.ptp(ys) + 1))
-            if any(overlap(box, other) > kind.hidden or iou(box, other) > kind.iou for other in boxes):
-                continue
-            after = owner.copy()
-            after[y0 + ys, x0 + xs] = len(boxes)
-            left = np.bincount(after[after >= 0], minlength=len(boxes))
-            if any(left[i] < kind.visible * area for i, area in enumerate(areas)):
-                continue
-            colour = rng.uniform(0, 255, 3)
-            window = picture[y0 : y0 + h, x0 : x0 + w]
-            if np.quantile(np.linalg.norm(window[ys, xs] - colour, axis=1), 0.1) > 70:  # visibly apart
-                window += (colour - window) * mask
-                owner = after
-                boxes.append(box)
-                labels.append(label)
-                areas.append(len(ys))
+        for _ in range(ATTEMPTS):
+            if scene.try_shape():
                 break
-    return picture.astype(np.uint8), boxes, labels
+    return scene.pixels.astype(np.uint8), scene.boxes, scene.labels
 
 
-def shared(a, b):
-    """Intersection of two xywh boxes."""
+def intersection(a, b):
+    """The area that two xywh boxes share."""
     w = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
     h = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
     return max(w, 0) * max(h, 0)
@@ -120,54 +161,69 @@ def shared(a, b):
 
 def overlap(a, b):
     """Intersection of two xywh boxes over the smaller one's area."""
-    return shared(a, b) / min(a[2] * a[3], b[2] * b[3])
+    return intersection(a, b) / min(a[2] * a[3], b[2] * b[3])
 
 
 def iou(a, b):
-    return shared(a, b) / (a[2] * a[3] + b[2] * b[3] - shared(a, b))
+    """Intersection over union of two xywh boxes."""
+    return intersection(a, b) / (a[2] * a[3] + b[2] * b[3] - intersection(a, b))
 
 
 def make_demo(root, train=2000, val=200, seed=0, kind=DEMO):
-    """Draws the data set into `root` unless it is there; it appears whole or not at all."""
+    """Draws a dataset of train + val images into `root`, unless that exists; it appears whole or not at all."""
     root = Path(root)
     if root.exists():
         return
     partial = root.with_name(root.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "annotations").mkdir(parents=True)
-    categories = [{"id": i + 1, "name": name} for i, name in enumerate(CLASSES)]
-    for part, (name, count) in enumerate((("train", train), ("val", val))):
-        folder = partial / name
-        folder.mkdir()
-        images, annotations = [], []
-        for i in range(count):
-            picture, boxes, labels = draw_picture(np.random.default_rng([seed, part, i]), kind)
-            file_name = f"{i:05d}.jpg"
-            Image.fromarray(picture).save(folder / file_name, quality=95)
-            images.append({"id": i + 1, "file_name": file_name, "width": kind.side, "height": kind.side})
-            annotations += [
-                {"id": len(annotations) + j + 1, "image_id": i + 1, "category_id": label + 1, "bbox": list(box), "area": box[2] * box[3], "iscrowd": 0}
-                for j, (box, label) in enumerate(zip(boxes, labels))
-            ]  # fmt: skip
-        content = {"images": images, "annotations": annotations, "categories": categories}
+    for number, (name, count) in enumerate((("train", train), ("val", val))):
+        content = draw_split(partial / name, count, (seed, number), kind)
         (partial / "annotations" / f"instances_{name}.json").write_text(json.dumps(content))
     partial.rename(root)
 
 
-def main():
+def draw_split(folder, count, seed, kind):
+    """Draws images into a new folder, each from a generator of its own -> the content of their COCO file."""
+    folder.mkdir()
+    images, annotations = [], []
+    for i in range(count):
+        pixels, boxes, labels = draw_picture(np.random.default_rng([*seed, i]), kind)
+        file_name = f"{i:05d}.jpg"
+        Image.fromarray(pixels).save(folder / file_name, quality=95)
+        images.append({"id": i + 1, "file_name": file_name, "width": kind.side, "height": kind.side})
+        for box, label in zip(boxes, labels):
+            annotation = {
+                "id": len(annotations) + 1,
+                "image_id": i + 1,
+                "category_id": label + 1,
+                "bbox": list(box),
+                "area": box[2] * box[3],
+                "iscrowd": 0,
+            }
+            annotations.append(annotation)
+    categories = [{"id": i + 1, "name": name} for i, name in enumerate(CLASSES)]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=KINDS)
     parser.add_argument("--out", metavar="DIR", help="default: data/KIND")
     parser.add_argument("--train", type=int, default=400, metavar="N", help="training images (default 400)")
-    parser.add_argument("--val", type=int, default=100, metavar="N", help="images to evaluate on (default 100)")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    parser.add_argument("--val", type=int, default=100, metavar="N", help="validation images (default 100)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the random numbers (default 0)")
+    return parser
+
+
+def main():
+    arguments = build_parser().parse_args()
     out = Path(arguments.out or Path("data") / arguments.kind)
     if out.exists():
-        raise UserError(f"{out}: is there already; delete it, or choose another --out")
+        raise UserError(f"{out}: already exists; delete it, or choose another --out")
     make_demo(out, arguments.train, arguments.val, arguments.seed, KINDS[arguments.kind])
     print(f"{out}: {arguments.train} + {arguments.val} images; python train.py --data {out}")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -1,34 +1,39 @@
-"""A trained detector from Python.
+"""A trained detector, from Python.
 
-    from detector import load
-    detector = load("runs/demo/best.pth")            # a file of train.py, a released ECDet, a Hugging Face folder or repository
-    found = detector("photo.jpg")                    # {"scores" (D,), "labels" (D,), "boxes" (D, 4) xyxy pixels, "names": [...]}
-    found = detector([image, array, "more.png"])     # a list for a list: paths, PIL images, arrays (H, W, 3) uint8 RGB
-    detector.save("folder")                          # model.safetensors, config.json and a model card
+from detector import load
+
+detector = load("runs/demo/best.pth")           # also a released ECDet, an exported file, a Hugging Face folder or name
+detections = detector("photo.jpg")              # {"scores" (D,), "labels" (D,), "boxes" (D, 4) xyxy pixels, "names"}
+detections = detector([image, array, "b.png"])  # a list for a list: paths, PIL images, arrays (H, W, 3) uint8 RGB
+detector.save("folder")                         # model.safetensors, config.json and a model card
 """
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torchvision import tv_tensors
+from torchvision.ops import box_iou
 from torchvision.transforms.v2 import functional as TF
 
 from checkpoint import load_detector, write_folder
-from datasets import collate, equal_batches, read_image
+from datasets import collate, equal_batches
 from devices import autocast, choose_device, choose_precision
 from errors import UserError
-from tiles import detect_in_tiles
-from transforms import MEAN, eval_transforms, longest_side, resized_sides
+from transforms import MEAN, eval_transforms, longest_side, read_image, resized_sides
 
 
 def load(source, device=None, image_size=None, threshold=0.4, tile=None, precision="auto"):
-    """source: see checkpoint.read_checkpoint; image_size: shortest side (default: that of the training); threshold: lowest score that
-    is given; tile: larger pictures are cut into tiles of that many pixels, 0 for image_size; precision: see devices.choose_precision
-    -> Detector. Raises UserError."""
+    """source: a checkpoint, see checkpoint.read_checkpoint, or a file of export.py -> Detector. Raises UserError.
+
+    image_size: shortest side of the network's input (default: that of the training); threshold: lowest score that is
+    returned; tile: larger images are cut into tiles of that many pixels, 0 for image_size; precision: see
+    devices.choose_precision.
+    """
     if Path(source).suffix in (".onnx", ".pt2"):
         if precision != "auto":
             raise UserError(f"--precision {precision}: {source} computes as it was exported; leave it out")
@@ -40,57 +45,78 @@ def load(source, device=None, image_size=None, threshold=0.4, tile=None, precisi
 
 
 class Detector:
-    """`classes` and `category_ids` say what labels mean; called with a picture or a list of them."""
+    """A network with its preprocessing and its classes; called with an image or a list of images.
 
-    def __init__(self, model, postprocess, content, device, image_size=None, threshold=0.4, tile=None, precision="float32"):
-        self.model, self.postprocess, self.content, self.device, self.threshold = model, postprocess, content, device, threshold
-        self.classes, self.category_ids, self.precision = content["classes"], content["category_ids"], precision
+    Label i is called `classes[i]`; `category_ids[i]` is its id in the training dataset.
+    """
+
+    def __init__(
+        self, model, postprocess, content, device, image_size=None, threshold=0.4, tile=None, precision="float32"
+    ):
         config = content["config"]
-        self.tile = (image_size or config["image_size"]) if tile == 0 else tile
-        self.transform = eval_transforms(image_size or config["image_size"], config.get("square", False), config["exact_sides"])
+        image_size = image_size or config["image_size"]
+        self.model, self.postprocess, self.content = model, postprocess, content
+        self.classes, self.category_ids = content["classes"], content["category_ids"]
+        self.device, self.precision, self.threshold = device, precision, threshold
+        self.autocast = autocast(precision, device)
+        self.tile = image_size if tile == 0 else tile
+        self.transform = eval_transforms(image_size, config.get("square", False), config["exact_sides"])
 
     def __call__(self, pictures, threshold=None, batch_size=8):
-        """A path, PIL image or array -> {"scores", "labels", "boxes", "names"}, best first, on the CPU; a list of them -> a list.
+        """A path, PIL image or array -> {"scores", "labels", "boxes", "names"}, best first, on the CPU; list -> list.
 
-        Raises UserError where a picture can't be read or is of no kind that is known.
+        threshold: lowest score that is returned (default: that of `load`). Raises UserError if an image can't be read.
         """
         if not isinstance(pictures, (list, tuple)):
             return self([pictures], threshold)[0]
-        found, least = [], self.threshold if threshold is None else threshold
+        detect = partial(self.detect_above, self.threshold if threshold is None else threshold)
+        results = []
         for start in range(0, len(pictures), batch_size):
             images = [to_image(picture) for picture in pictures[start : start + batch_size]]
             if self.tile is None:
-                found += self.detect(images)
-            else:  # what is below the threshold in its tile is not worth merging
-                sure = lambda images: [self.above(detections, least) for detections in self.detect(images)]
-                found += [detect_in_tiles(sure, image, self.tile) for image in images]
-        found = [self.above(detections, least) for detections in found]
-        return [detections | {"names": [self.classes[label] for label in detections["labels"]]} for detections in found]
+                results += detect(images)
+            else:
+                results += [detect_in_tiles(detect, image, self.tile) for image in images]
+        for detections in results:
+            detections["names"] = [self.classes[label] for label in detections["labels"]]
+        return results
+
+    def detect_above(self, threshold, images):
+        """`detect` without the detections whose score is below the threshold."""
+        results = []
+        for detections in self.detect(images):
+            keep = detections["scores"] >= threshold
+            results.append({key: value[keep] for key, value in detections.items()})
+        return results
 
     @torch.no_grad()
     def detect(self, images):
-        """PIL images -> [{"scores", "labels", "boxes"}] with everything that the network finds, on the CPU. Only images that are
-        padded to the same size share a batch: what is found in one doesn't depend on the others."""
-        divisor, found = self.model.backbone.size_divisor, [None] * len(images)
-        inputs = [self.transform(*unlabelled(image)) for image in images]
-        for batch in equal_batches([pixels.shape[-2:] for pixels, _ in inputs], len(images), divisor):
-            pixels, mask, _ = collate([inputs[i] for i in batch], divisor)
-            with autocast(self.precision, self.device):
-                outputs = self.model(pixels.to(self.device, memory_format=torch.channels_last), mask)
-            sizes = torch.tensor([[images[i].height, images[i].width] for i in batch], device=self.device)
-            for i, detections in zip(batch, self.postprocess(outputs, sizes)):
-                found[i] = {key: value.cpu() for key, value in detections.items()}
-        return found
+        """PIL images -> [{"scores", "labels", "boxes"}], everything that the network detects, on the CPU.
 
-    def above(self, detections, threshold):
-        return {key: value[detections["scores"] >= threshold] for key, value in detections.items()}
+        Only images that are padded to the same size share a batch: no image affects the detections in another.
+        """
+        divisor = self.model.backbone.size_divisor
+        inputs = [self.transform(*unlabelled(image)) for image in images]
+        sizes = [pixels.shape[-2:] for pixels, _ in inputs]
+        results = [None] * len(images)
+        for batch in equal_batches(sizes, len(images), divisor):
+            pixels, mask, _ = collate([inputs[i] for i in batch], divisor)
+            with self.autocast:
+                outputs = self.model(pixels.to(self.device, memory_format=torch.channels_last), mask)
+            original_sizes = torch.tensor([[images[i].height, images[i].width] for i in batch], device=self.device)
+            for i, detections in zip(batch, self.postprocess(outputs, original_sizes)):
+                results[i] = {key: value.cpu() for key, value in detections.items()}
+        return results
 
     def save(self, folder):
-        """Writes model.safetensors, config.json and README.md, the model card: what `load` and the Hugging Face hub take."""
+        """Writes a folder for `load` and the Hugging Face hub: weights, settings, a model card. Raises UserError."""
         write_folder(self.content, folder)
 
     def push(self, repository, **options):
-        """Uploads the same to a repository of the Hugging Face hub, USER/NAME, made if it is not there; options: of upload_folder."""
+        """Uploads what `save` writes to USER/NAME on the Hugging Face hub, created if it does not exist.
+
+        options: of huggingface_hub.HfApi.upload_folder, whose result is returned.
+        """
         import tempfile
 
         import huggingface_hub
@@ -102,33 +128,158 @@ class Detector:
             return api.upload_folder(repo_id=repository, folder_path=folder, **options)
 
 
+def to_image(source):
+    """A path, PIL image, or array or tensor (H, W, 3) or (H, W) uint8 -> RGB PIL image. Raises UserError."""
+    if isinstance(source, Image.Image):
+        return source.convert("RGB")
+    if isinstance(source, (str, Path)):
+        try:
+            return read_image(source)
+        except Exception as error:  # PIL raises exceptions of many types for broken files
+            raise UserError(f"{source}: can't be read ({error})") from None
+    if isinstance(source, torch.Tensor):
+        source = source.cpu().numpy()
+    if not isinstance(source, np.ndarray):
+        given = type(source).__name__
+    elif source.dtype == np.uint8 and (source.ndim == 2 or source.shape[2:] == (3,)):
+        return Image.fromarray(source).convert("RGB")
+    else:
+        given = f"{source.dtype} of shape {source.shape}"
+    raise UserError(f"an image has to be a path, a PIL image or an array (H, W, 3) of uint8, not {given}")
+
+
+def unlabelled(image):
+    """A PIL image -> (image, target) as transforms take them, without any box."""
+    boxes = tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=(image.height, image.width))
+    none = torch.zeros(0, dtype=torch.long)
+    return tv_tensors.Image(TF.pil_to_tensor(image)), {"boxes": boxes, "labels": none, "area": none, "iscrowd": none}
+
+
+def to_supervision(found):
+    """The detections in one image -> supervision.Detections. Raises UserError if supervision is not installed."""
+    try:
+        import supervision
+    except ImportError:
+        raise UserError("supervision is not installed; pip install supervision") from None
+    return supervision.Detections(
+        xyxy=found["boxes"].numpy(),
+        confidence=found["scores"].numpy(),
+        class_id=found["labels"].numpy(),
+        data={"class_name": np.array(found["names"], dtype=str)},
+    )
+
+
+# Large images are cut into overlapping tiles, so that small objects keep their size; duplicates are merged.
+
+
+def detect_in_tiles(detect, image, side, overlap=0.25):
+    """detect: [PIL images] -> [{"scores", "labels", "boxes"}]; image: PIL -> the same for the whole of it, best first.
+
+    side: of a tile, in pixels of the image. An object that is no larger than the overlap is whole in at least one tile.
+    """
+    corners = [
+        (x, y) for y in tile_starts(image.height, side, overlap) for x in tile_starts(image.width, side, overlap)
+    ]
+    found, cut, home = [], [], []
+    for number, (x, y) in enumerate(corners):
+        tile = x, y, min(x + side, image.width), min(y + side, image.height)
+        detections = detect([image.crop(tile)])[0]
+        boxes = detections["boxes"] + torch.tensor([x, y, x, y])
+        found.append({**detections, "boxes": boxes})
+        cut.append(((boxes - inner_borders(tile, image.width, image.height)).abs() < 0.01 * side).any(1))
+        home.append(torch.full((len(boxes),), number))
+    merged = {key: torch.cat([detections[key] for detections in found]) for key in found[0]}
+    keep = merge(merged, torch.cat(cut), torch.cat(home))
+    keep = keep[merged["scores"][keep].argsort(descending=True, stable=True)]
+    return {key: value[keep] for key, value in merged.items()}
+
+
+def tile_starts(length, side, overlap):
+    """Where tiles of `side` pixels start along `length` pixels: evenly spaced, sharing at least `overlap` of a side."""
+    if length <= side:
+        return [0]
+    count = 1 + math.ceil((length - side) / (side * (1 - overlap)))
+    return [round(i * (length - side) / (count - 1)) for i in range(count)]
+
+
+def inner_borders(tile, width, height):
+    """A tile (left, top, right, bottom) of an image -> its borders (4,), infinite where they are the image's own."""
+    left, top, right, bottom = tile
+    return torch.tensor(
+        [
+            left if left > 0 else -math.inf,
+            top if top > 0 else -math.inf,
+            right if right < width else math.inf,
+            bottom if bottom < height else math.inf,
+        ]
+    )
+
+
+def merge(detections, cut, home, iou=0.5):
+    """Class-wise non-maximum suppression between tiles, never within one -> indices of the detections that stay.
+
+    cut (D,): whether the border of its tile cuts a box; home (D,): the number of its tile. Whole boxes come before cut
+    ones, whatever their scores.
+    """
+    boxes, labels, home = detections["boxes"], detections["labels"].tolist(), home.tolist()
+    order = torch.argsort(detections["scores"] - 2.0 * cut, descending=True, stable=True)
+    kept = []
+    for i in order.tolist():
+        rivals = [k for k in kept if labels[k] == labels[i] and home[k] != home[i]]
+        if not rivals or not is_duplicate(boxes[i], boxes[rivals], cut[i], iou):
+            kept.append(i)
+    return torch.tensor(kept, dtype=torch.long)
+
+
+def is_duplicate(box, rivals, cut, iou):
+    """Whether box (4,) is one of rivals (R, 4) again.
+
+    Its IoU with that one is above `iou`; or it is cut, and more than that fraction of it lies inside.
+    """
+    if (box_iou(box[None], rivals)[0] > iou).any():
+        return True
+    area = (box[2:] - box[:2]).prod().clamp(min=1e-6)
+    sides = torch.minimum(rivals[:, 2:], box[2:]) - torch.maximum(rivals[:, :2], box[:2])
+    return bool(cut and (sides.clamp(min=0).prod(1) / area > iou).any())
+
+
+# Files of export.py
+
+
 class ExportedDetector(Detector):
-    """The same from a file of export.py. Where its graph takes pictures of one size, others are made to fit and padded."""
+    """A Detector from a file of export.py. If its graph has a fixed size, images are resized to fit and padded."""
 
     def __init__(self, path, threshold=0.4, tile=None, image_size=None):
         path = Path(path)
         if not path.is_file():
             raise UserError(f"{path}: no such file")
-        about, self.run = (open_onnx if path.suffix == ".onnx" else open_torch)(path)
+        about, self.run = open_onnx(path) if path.suffix == ".onnx" else open_torch(path)
+        height, width = about["height"], about["width"]
         if image_size and not about.get("divisor"):
-            raise UserError(f"--image-size {image_size}: {path} was exported for {about['height']}x{about['width']} alone; export it with --any-size")
+            raise UserError(
+                f"--image-size {image_size}: {path} was exported for {height}x{width} alone; export it with --any-size"
+            )
         self.about = about | ({"image_size": image_size} if image_size else {})
-        self.classes, self.category_ids, self.threshold, self.device = about["classes"], about["category_ids"], threshold, torch.device("cpu")
-        self.tile = (image_size or min(about["height"], about["width"])) if tile == 0 else tile
+        self.classes, self.category_ids = about["classes"], about["category_ids"]
+        self.device, self.threshold = torch.device("cpu"), threshold
+        self.tile = (image_size or min(height, width)) if tile == 0 else tile
 
     def detect(self, images):
-        about, found = self.about, []
+        results = []
         for image in images:
-            height, width = canvas_size(image, about, about["divisor"]) if about.get("divisor") else (about["height"], about["width"])
-            canvas, scale = to_canvas(image, height, width, about["square"])
+            height, width = self.about["height"], self.about["width"]
+            if self.about.get("divisor"):
+                height, width = canvas_size(image, self.about, self.about["divisor"])
+            canvas, scale = to_canvas(image, height, width, self.about["square"])
             scores, labels, boxes = (part[0] for part in self.run(canvas[None]))
             limit = torch.tensor([image.width, image.height] * 2)
-            found.append({"scores": scores, "labels": labels, "boxes": (boxes / torch.tensor(scale * 2)).clamp(min=0).minimum(limit)})
-        return found
+            boxes = (boxes / torch.tensor(scale * 2)).clamp(min=0).minimum(limit)
+            results.append({"scores": scores, "labels": labels, "boxes": boxes})
+        return results
 
 
 def open_onnx(path):
-    """-> what the file says about itself, and a function of images (B, 3, H, W) in [0, 1]. Raises UserError."""
+    """-> the metadata that export.py wrote, and a function of images (B, 3, H, W) in [0, 1]. Raises UserError."""
     try:
         import onnxruntime
     except ImportError:
@@ -136,71 +287,46 @@ def open_onnx(path):
     try:
         session = onnxruntime.InferenceSession(str(path), providers=onnxruntime.get_available_providers())
         about = json.loads(session.get_modelmeta().custom_metadata_map["detector"])
-    except Exception as error:  # onnxruntime raises kinds of its own
+    except Exception as error:  # onnxruntime has exceptions of its own
         raise UserError(f"{path}: not an ONNX file of export.py ({type(error).__name__}: {str(error)[:200]})") from None
-    return about, lambda images: [torch.from_numpy(part) for part in session.run(None, {"images": images.numpy()})]
+    return about, partial(run_onnx, session)
+
+
+def run_onnx(session, images):
+    return [torch.from_numpy(output) for output in session.run(None, {"images": images.numpy()})]
 
 
 def open_torch(path):
+    """open_onnx for a file of torch.export."""
     extra = {"detector": ""}
     try:
         program = torch.export.load(str(path), extra_files=extra)
         return json.loads(extra["detector"]), torch.no_grad()(program.module())
-    except Exception as error:  # torch raises many kinds on files that are not its own
+    except Exception as error:  # torch raises exceptions of many types for other files
         raise UserError(f"{path}: not a file of export.py ({type(error).__name__}: {str(error)[:200]})") from None
 
 
 def canvas_size(image, config, divisor):
-    """(height, width) that a picture gets on its way into the network, padding included."""
+    """The (height, width) in which an image enters the network, padding included."""
+    size = config["image_size"]
     if config.get("square"):
-        sides = (config["image_size"],) * 2
+        sides = size, size
     else:
-        size = config["image_size"]
         sides = resized_sides(image.height, image.width, size, longest_side(size))
     return tuple(math.ceil(side / divisor) * divisor for side in sides)
 
 
 def to_canvas(image, height, width, square):
-    """A PIL image -> (3, height, width) in [0, 1], resized to fit, in its proportions unless square, padded with the mean colour at the right
-    and bottom; and by how much it was scaled, (x, y)."""
-    scale = min(width / image.width, height / image.height)
-    sides = (width, height) if square else (max(1, min(width, round(image.width * scale))), max(1, min(height, round(image.height * scale))))
-    pixels = TF.to_dtype(TF.resize(TF.pil_to_tensor(image), sides[::-1], antialias=True), torch.float32, scale=True)
+    """A PIL image -> (3, height, width) in [0, 1], resized to fit, and the factors (x, y) by which it was scaled.
+
+    Unless `square`, it keeps its aspect ratio; the rest, at the right and the bottom, has the mean colour.
+    """
+    fitted_width, fitted_height = width, height
+    if not square:
+        scale = min(width / image.width, height / image.height)
+        fitted_width = max(1, min(width, round(image.width * scale)))
+        fitted_height = max(1, min(height, round(image.height * scale)))
+    pixels = TF.resize(TF.pil_to_tensor(image), (fitted_height, fitted_width), antialias=True)
     canvas = torch.tensor(MEAN)[:, None, None].repeat(1, height, width)
-    canvas[:, : sides[1], : sides[0]] = pixels
-    return canvas, (sides[0] / image.width, sides[1] / image.height)
-
-
-def to_supervision(found):
-    """What a Detector gives for a picture -> supervision.Detections. Raises UserError where supervision is not installed."""
-    try:
-        import supervision
-    except ImportError:
-        raise UserError("supervision is not installed; pip install supervision") from None
-    return supervision.Detections(
-        xyxy=found["boxes"].numpy(), confidence=found["scores"].numpy(), class_id=found["labels"].numpy(), data={"class_name": np.array(found["names"], dtype=str)},
-    )  # fmt: skip
-
-
-def unlabelled(image):
-    """A PIL image -> image and target without boxes, as transforms take them."""
-    boxes = tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=(image.height, image.width))
-    none = torch.zeros(0, dtype=torch.long)
-    return tv_tensors.Image(TF.pil_to_tensor(image)), {"boxes": boxes, "labels": none, "area": none, "iscrowd": none}
-
-
-def to_image(picture):
-    """A path, PIL image or array (H, W, 3) or (H, W) uint8 -> RGB PIL image."""
-    if isinstance(picture, Image.Image):
-        return picture.convert("RGB")
-    if isinstance(picture, (str, Path)):
-        try:
-            return read_image(picture)
-        except Exception as error:  # PIL raises many kinds on broken files
-            raise UserError(f"{picture}: can't be read ({error})") from None
-    if isinstance(picture, torch.Tensor):
-        picture = picture.cpu().numpy()
-    if isinstance(picture, np.ndarray) and picture.dtype == np.uint8 and (picture.ndim == 2 or (picture.ndim == 3 and picture.shape[2] == 3)):
-        return Image.fromarray(picture).convert("RGB")
-    kind = f"{picture.dtype} of shape {picture.shape}" if isinstance(picture, np.ndarray) else type(picture).__name__
-    raise UserError(f"a picture is a path, a PIL image or an array (H, W, 3) of uint8, not {kind}")
+    canvas[:, :fitted_height, :fitted_width] = TF.to_dtype(pixels, torch.float32, scale=True)
+    return canvas, (fitted_width / image.width, fitted_height / image.height)

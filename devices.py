@@ -1,5 +1,6 @@
-"""What to compute on and in which precision: one choice for every script."""
+"""What to compute on, in which precision, and how long it takes: the same choice for every script."""
 
+import time
 from contextlib import nullcontext
 
 import torch
@@ -7,20 +8,24 @@ import torch
 from errors import UserError
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CPU_UNITS = "amx_tile", "avx512_bf16"  # with these a CPU multiplies in bfloat16; others emulate it
 
 
 def choose_device(local_rank=None):
-    """-> torch.device: a CUDA GPU (the one of that rank), Apple's GPU, or the CPU. Apple's serves one process alone."""
+    """-> torch.device: a CUDA GPU (that rank's own), Apple's GPU, which serves a single process only, or the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda" if local_rank is None else f"cuda:{local_rank}")
     return torch.device("mps" if torch.backends.mps.is_available() and local_rank is None else "cpu")
 
 
 def choose_precision(asked, device, training=True):
-    """"auto" -> bfloat16 where the processor multiplies in it, float16 on other GPUs that have such units, else float32; a CPU detects
-    in float32. Anything else stays. Also allows TF32 in what float32 remains, unless float32 was asked for. Raises UserError."""
+    """Decides "auto"; any other precision stays.
+
+    auto: bfloat16 where the hardware supports it natively, float16 on GPUs that support that alone, else float32; CPUs
+    detect in float32. Also allows TF32 unless float32 was asked for. Raises UserError.
+    """
     if asked not in ("auto", *PRECISIONS):
-        raise UserError(f"--precision {asked}: it is auto, {', '.join(PRECISIONS)}")
+        raise UserError(f"--precision {asked}: has to be auto, {', '.join(PRECISIONS)}")
     if device.type == "cuda":
         torch.set_float32_matmul_precision("highest" if asked == "float32" else "high")
         torch.backends.cudnn.allow_tf32 = asked != "float32"
@@ -28,12 +33,28 @@ def choose_precision(asked, device, training=True):
         return asked
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return "bfloat16"
-    if device.type == "cuda":  # T4, V100; before them float16 was slow
+    if device.type == "cuda":  # T4, V100; float16 is slow on older ones
         return "float16" if torch.cuda.get_device_capability(device) >= (7, 0) else "float32"
-    multiplies = any(getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("amx_tile", "avx512_bf16"))  # elsewhere it is emulated
-    return "bfloat16" if device.type == "cpu" and training and multiplies else "float32"
+    native = any(getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in CPU_UNITS)
+    return "bfloat16" if device.type == "cpu" and training and native else "float32"
 
 
 def autocast(precision, device):
     """The context in which a network computes in that precision where it is safe."""
     return nullcontext() if precision == "float32" else torch.autocast(device.type, PRECISIONS[precision])
+
+
+def seconds_of(functions, repeats, device=None, warm_up=2):
+    """Calls the functions in turns, as a machine's speed changes -> for each the seconds of its `repeats` calls.
+
+    Those of the first `warm_up` rounds are left out.
+    """
+    seconds = [[] for _ in functions]
+    for _ in range(warm_up + repeats):
+        for function, found in zip(functions, seconds):
+            started = time.perf_counter()
+            function()
+            if device is not None and device.type == "cuda":
+                torch.cuda.synchronize()
+            found.append(time.perf_counter() - started)
+    return [found[warm_up:] for found in seconds]

@@ -1,6 +1,6 @@
 """ECViT, the small vision transformer of EdgeCrafter (arXiv 2603.18739), with its three-level pyramid.
 
-Module names follow the released files, so `ecvitt.pth` and its sisters load as they are.
+Modules have the names of the released files: `ecvitt.pth` and the others load without renaming.
 """
 
 import math
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-# name: width D, heads, MLP ratio, blocks, pyramid width (None: D), whether the stem's stride-8 map joins the finest level
+# dim: width D; depth: blocks; pyramid_dim: width of the pyramid (None: D); skip: add the stem's map to the finest level
 CONFIGS = {
     "ecvit-nano": dict(dim=128, heads=2, mlp_ratio=4, depth=6, pyramid_dim=None, skip=True),
     "ecvitt": dict(dim=192, heads=3, mlp_ratio=4, depth=12, pyramid_dim=None, skip=False),
@@ -32,19 +32,22 @@ class ConvNorm(nn.Module):
         return self.norm(self.conv(x))
 
     @torch.no_grad()
-    def fold(self):
-        """The convolution takes the norm's scale and shift over: the same outputs as in eval mode."""
+    def fuse(self):
+        """Folds the norm's scale and shift into the convolution; outputs stay those of eval mode."""
         if isinstance(self.norm, nn.Identity):
             return
         self.conv = fuse_conv_bn_eval(self.conv.eval(), self.norm.eval())
         self.norm = nn.Identity()
 
 
-def fold(model):
-    """Folds what can be folded for inference, in place -> model. Its state dict is no longer that of a checkpoint."""
+def fuse(model):
+    """Folds every module that has a `fuse` method, in place, for inference -> model.
+
+    Afterwards the model's state dict no longer fits a checkpoint's.
+    """
     for module in list(model.modules()):
-        if hasattr(module, "fold"):
-            module.fold()
+        if hasattr(module, "fuse"):
+            module.fuse()
     return model
 
 
@@ -64,9 +67,9 @@ class PatchEmbed(nn.Module):
 
 
 class RotaryEmbedding(nn.Module):
-    """Angles of the 2D rotary position (RoFormer, arXiv 2104.09864) for a grid of patches.
+    """2D rotary position embedding (RoFormer, arXiv 2104.09864) of a grid of patches.
 
-    Coordinates run over (-1, 1) along each axis whatever its length, so any picture size uses the same range.
+    Coordinates run over (-1, 1) along each axis, so all image sizes use the same range.
     """
 
     def __init__(self, head_dim, base=100.0):
@@ -74,7 +77,7 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("periods", base ** (2 * torch.arange(head_dim // 4) / (head_dim // 2)))
 
     def forward(self, h, w):
-        """-> sin, cos, each (1 + h * w, head_dim): the register, which carries no position, and the patches."""
+        """-> sin, cos, each (1 + h * w, head_dim): first the register, which has no position, then the patches."""
         periods = self.periods.float()
         row, column = (2 * (torch.arange(n, device=periods.device) + 0.5) / n - 1 for n in (h, w))
         angles_y = (2 * math.pi * row[:, None] / periods)[:, None].expand(h, w, -1)
@@ -85,34 +88,38 @@ class RotaryEmbedding(nn.Module):
 
 
 def rotate(x, sin, cos):
-    """x (..., N, d) turned by the angles of sin, cos (N, d)."""
+    """Rotates x (..., N, d) by the angles of sin, cos (N, d)."""
     sin, cos = sin.to(x.dtype), cos.to(x.dtype)
-    return turn(x, sin, cos) if torch.compiler.is_exporting() else Rotation.apply(x, sin, cos)
+    if torch.compiler.is_exporting():
+        return apply_rotation(x, sin, cos)
+    return Rotation.apply(x, sin, cos)
 
 
-def turn(x, sin, cos):
+def apply_rotation(x, sin, cos):
     half = x.shape[-1] // 2
-    turned = x * cos
-    turned[..., :half].addcmul_(x[..., half:], sin[:, :half], value=-1)
-    turned[..., half:].addcmul_(x[..., :half], sin[:, half:])
-    return turned
+    rotated = x * cos
+    rotated[..., :half].addcmul_(x[..., half:], sin[:, :half], value=-1)
+    rotated[..., half:].addcmul_(x[..., :half], sin[:, half:])
+    return rotated
 
 
 class Rotation(torch.autograd.Function):
-    """The gradient of a rotation is the rotation back: half of what autograd would do, and nothing of x is kept."""
+    """The gradient of a rotation is the inverse rotation: half of autograd's work, and x need not be stored."""
 
     @staticmethod
     def forward(ctx, x, sin, cos):
         ctx.save_for_backward(sin, cos)
-        return turn(x, sin, cos)
+        return apply_rotation(x, sin, cos)
 
     @staticmethod
     def backward(ctx, grad):
         sin, cos = ctx.saved_tensors
-        return turn(grad, -sin, cos), None, None
+        return apply_rotation(grad, -sin, cos), None, None
 
 
 class Attention(nn.Module):
+    """Multi-head self-attention with rotary positions: (B, N, D) -> (B, N, D)."""
+
     def __init__(self, dim, heads):
         super().__init__()
         self.heads = heads
@@ -121,11 +128,14 @@ class Attention(nn.Module):
 
     def forward(self, x, sin, cos):
         qk, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).split([2, 1])
-        x = F.scaled_dot_product_attention(*rotate(qk, sin, cos), v[0])
+        q, k = rotate(qk, sin, cos)
+        x = F.scaled_dot_product_attention(q, k, v[0])
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
 class Mlp(nn.Module):
+    """Two linear layers with a GELU between them: (B, N, D) -> (B, N, D)."""
+
     def __init__(self, dim, hidden):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
@@ -151,7 +161,7 @@ class Block(nn.Module):
 
 
 class ECViTTrunk(nn.Module):
-    """The transformer itself: what the released backbone files hold."""
+    """The transformer without the pyramid, as in the released backbone files."""
 
     def __init__(self, dim, heads, mlp_ratio, depth):
         super().__init__()
@@ -160,17 +170,21 @@ class ECViTTrunk(nn.Module):
         self.rope_embed = RotaryEmbedding(dim // heads)
         self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio) for _ in range(depth))
         self.gradient_checkpointing = False
+        self.init_weights()
+
+    def init_weights(self):
+        """Every block starts as the identity, so that from random weights the convolutions learn first."""
         nn.init.trunc_normal_(self.register_token, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
-        for block in self.blocks:  # every block starts as the identity: from random weights the convolutions learn first
+        for block in self.blocks:
             nn.init.zeros_(block.attn.proj.weight)
             nn.init.zeros_(block.mlp.fc2.weight)
 
     def forward(self, images):
-        """images (B, 3, H, W) -> stem map (B, D/2, H/8, W/8), grid (h, w), [tokens (B, 1 + N, D) after every block]."""
+        """images (B, 3, H, W) -> stem map (B, D/2, H/8, W/8), grid (h, w), [tokens (B, 1 + N, D) after each block]."""
         stem, patches = self.patch_embed(images)
         h, w = patches.shape[-2:]
         x = patches.flatten(2).transpose(1, 2)
@@ -189,8 +203,8 @@ class ECViTTrunk(nn.Module):
 class ECViT(nn.Module):
     """ECViT with its pyramid: (B, 3, H, W), H and W multiples of 32 -> maps at strides 8, 16, 32, finest first.
 
-    All levels are one map, the mean of the last two blocks' patch tokens, resized. `skip` adds the stem's own stride-8
-    map to the finest level: at the picture sizes of the nano model a stride-16 grid alone is too coarse for small boxes.
+    All levels are the same map, the mean of the last two blocks' patch tokens, at three sizes. `skip` adds the stem's
+    stride-8 map to the finest level: at the nano model's image sizes, stride 16 alone is too coarse for small boxes.
     """
 
     strides = (8, 16, 32)
@@ -207,19 +221,20 @@ class ECViT(nn.Module):
         stem, (h, w), tokens = self.backbone(images)
         mean = (tokens[-2][:, 1:] + tokens[-1][:, 1:]) / 2
         mean = mean.transpose(1, 2).unflatten(2, (h, w))
-        levels = [
-            mean if size == (h, w) else F.interpolate(mean, size=size, mode="bilinear", align_corners=False)
-            for size in ((2 * h, 2 * w), (h, w), (h // 2, w // 2))
-        ]
-        for level, projector in zip(range(3 - len(self.projector), 3), self.projector):
+        fine = F.interpolate(mean, size=(2 * h, 2 * w), mode="bilinear", align_corners=False)
+        coarse = F.interpolate(mean, size=(h // 2, w // 2), mode="bilinear", align_corners=False)
+        levels = [fine, mean, coarse]
+        for level, projector in zip(range(3 - len(self.projector), 3), self.projector):  # three, or one for the last
             levels[level] = projector(levels[level])
         if self.skip is not None:
             levels[0] = levels[0] + self.skip(stem)
         return levels
 
     def forward_features(self, images, layers=()):
-        """-> x_norm (B, 1 + N, D), register first, and x_norm_patchtokens (B, N, D); ECViT has no final norm, no class token. For each
-        of the blocks `layers` also "block5" and so on: its patch tokens."""
+        """images -> x_norm (B, 1 + N, D), register first, and x_norm_patchtokens (B, N, D), without a final norm.
+
+        For each block in `layers` also "block5" and so on: its patch tokens (B, N, D). ECViT has no class token.
+        """
         tokens = self.backbone(images)[2]
         named = {f"block{block}": tokens[block][:, 1:] for block in layers}
         return {"x_norm": tokens[-1], "x_norm_patchtokens": tokens[-1][:, 1:]} | named

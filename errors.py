@@ -1,30 +1,65 @@
-"""Mistakes that a user can mend: one line on stderr and exit status 2 instead of a traceback."""
+"""A user's mistake ends a script in one line on stderr and exit status 2, without a traceback."""
 
+import argparse
+import os
 import sys
+from contextlib import contextmanager
 
-
-LONGEST = 3000  # characters of a message: what it quotes may be anything
+MAX_LENGTH = 3000  # of a message: it may quote anything
 
 
 class UserError(Exception):
     """The message says what is wrong, where, and what to do."""
 
     def __init__(self, message):
-        super().__init__(message if len(message) <= LONGEST else f"{message[: LONGEST // 2]} ... {message[-LONGEST // 3 :]}")
+        if len(message) > MAX_LENGTH:
+            message = f"{message[: MAX_LENGTH // 2]} ... {message[-MAX_LENGTH // 3 :]}"
+        super().__init__(message)
 
 
-def run(main):
-    """Calls a script's main; a UserError ends it in one line and status 2."""
+@contextmanager
+def writing(path, hint="", also=()):
+    """Around whatever writes to path: an OSError, or one of `also`, becomes a UserError with the hint at its end.
+
+    PIL raises ValueError for endings that it does not know.
+    """
+    try:
+        yield
+    except (OSError, *also) as error:
+        cause = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: can't be written ({cause}){hint}") from None
+
+
+def run_script(main):
+    """Calls a script's main; UserErrors and a full GPU end it in one line and status 2."""
     try:
         main()
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except Exception as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's; this file does without torch
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; importing torch would slow every error down
             raise
-        print("error: the GPU's memory is full; a smaller --image-size takes less, in training a smaller --device-batch or --checkpoint-activations, too", file=sys.stderr)
+        print(
+            "error: the GPU's memory is full; a smaller --image-size takes less; in training also a smaller "
+            "--device-batch or --checkpoint-activations",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+class Offline(argparse.Action):
+    """A script's --offline: nothing is downloaded from then on; what is in the caches still opens."""
+
+    def __init__(self, **options):
+        help = "download nothing: use only local files and the caches"
+        super().__init__(**options | dict(nargs=0, default=argparse.SUPPRESS, help=help))
+
+    def __call__(self, *_):
+        import huggingface_hub
+
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        huggingface_hub.constants.HF_HUB_OFFLINE = True

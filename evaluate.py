@@ -1,8 +1,9 @@
-"""COCO's figures (pycocotools) for a detector; as a script, for a checkpoint on a data set.
+"""COCO's figures (pycocotools) for a detector, and its mistakes; as a script, for a checkpoint on a dataset.
 
-    python evaluate.py runs/demo/best.pth                  on the data that it was trained with
-    python evaluate.py runs/mine/best.pth --data DIR
-    python evaluate.py runs/mine/best.pth --doubles
+python evaluate.py runs/demo/best.pth                      on the data of the run
+python evaluate.py runs/mine/best.pth --data DIR
+python evaluate.py runs/mine/best.pth --doubles
+python evaluate.py runs/mine/best.pth --pictures report
 """
 
 import argparse
@@ -15,55 +16,82 @@ import sys
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 
-os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what Apple's GPUs can't do yet then runs on the CPU
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # operations that Apple's GPUs lack run on the CPU
 import numpy as np
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch.utils.data import DataLoader
+from torchvision.ops import batched_nms, box_iou
 
 import plots
 from checkpoint import load_detector
-from datasets import DetectionDataset, collate, evaluation_batches, read_image, start_worker
+from datasets import DetectionDataset, collate, evaluation_batches
 from devices import PRECISIONS, autocast, choose_device, choose_precision
-from distributed import from_first, gathered, is_first
-from errors import UserError, run
+from distributed import all_gather, broadcast, is_main_process, start_worker
+from errors import Offline, UserError, run_script, writing
 from layouts import LAYOUTS, load_splits
-from mistakes import confusion, doubles, find_cases, suppressed, worst
-from transforms import eval_transforms
-from weights import Offline
+from transforms import eval_transforms, read_image
 
-NAMES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_1", "AR_10", "AR_100", "AR_small", "AR_medium", "AR_large")  # fmt: skip
+NAMES = (
+    "AP",
+    "AP50",
+    "AP75",
+    "AP_small",
+    "AP_medium",
+    "AP_large",
+    "AR_1",
+    "AR_10",
+    "AR_100",
+    "AR_small",
+    "AR_medium",
+    "AR_large",
+)
 COCO_LIMIT = 100  # detections of a class in an image that COCO's AP counts
-MANY = 20_000  # detections, from which on several processes pay
+MANY = 20_000  # detections from which on several processes pay off
+SCORE_THRESHOLD = 0.4  # mistakes and duplicates are looked for among detections with at least this score
+DUPLICATE_IOU = 0.7
 
 
 @torch.no_grad()
-def evaluate(model, postprocess, loader, split, device, stopped=lambda: False):
-    """-> figures and curves, see measure, and {index: detections on the CPU}. Of several processes each has a part of the pictures, and
-    all get the figures of the whole. stopped: asked before every batch; where it says so -> three times None."""
+def evaluate(model, postprocess, loader, split, device, stop=None):
+    """Runs a model on a split -> (figures, curves, {record index: detections on the CPU}); see measure.
+
+    With several processes, each one gets a part of the images, and all return the figures of the whole split.
+    stop: called before every batch; once it returns True, the result is (None, None, None).
+    """
     model.eval()
     found = {}
     for images, mask, targets in loader:
-        if stopped():
+        if stop is not None and stop():
             return None, None, None
         outputs = model(images.to(device, memory_format=torch.channels_last, non_blocking=True), mask)
         sizes = torch.stack([t["orig_size"] for t in targets]).to(device)
         for target, detections in zip(targets, postprocess(outputs, sizes)):
             found[target["image_id"]] = {key: value.cpu() for key, value in detections.items()}
-    found = gathered(found)
-    return *from_first(measure(split, found) if is_first() else None), found
+    found = all_gather(found)
+    figures, curves = broadcast(measure(split, found) if is_main_process() else None)
+    return figures, curves, found
+
+
+# COCO's figures
 
 
 def measure(split, found):
-    """-> COCO's twelve figures, -1 where there is nothing to measure, as in pycocotools, and AP by class under "class/NAME"; and for each
-    class that has objects {name: (AP50, precision at 101 recalls)}. found: {index of the record: detections, xyxy pixels}.
+    """Compares detections with a Split's ground truth -> (figures, curves).
 
-    COCO counts the 100 best detections of a class in an image. Where an image has more objects of one, there is "AP_all" as well,
-    the AP of all detections. Each class is measured on its own, in as many processes as there are cores where there is much to do.
+    found: {record index: {"boxes" (D, 4) xyxy pixels, "labels" (D,), "scores" (D,)}}.
+    figures: COCO's twelve by their NAMES, and AP by class under "class/NAME". As in pycocotools, -1 means that there is
+    nothing to measure.
+    curves: {name of a class that has objects: (AP50, precision at 101 recalls)}.
+
+    COCO counts the 100 best detections of a class in an image. If an image has more objects of a class, figures also
+    has "AP_all", the AP of all detections. Each class is measured on its own, so that several processes can help.
     """
     objects = defaultdict(list)
     for annotation in annotations_of(split):
@@ -71,37 +99,67 @@ def measure(split, found):
     rows = result_rows(found)
     if not len(rows) or not objects:
         return dict.fromkeys(NAMES, -1.0 if len(rows) else 0.0), {}
+
     limits = [1, 10, COCO_LIMIT]
     if most_of_a_class(split) > COCO_LIMIT:
-        limits.append(max(COCO_LIMIT + 1, *(len(d["scores"]) for d in found.values())))
-    labels = sorted(objects, key=lambda label: -len(objects[label]))  # the longest first
-    rows_of = lambda label: rows[slice(*np.searchsorted(rows[:, 6], (label, label + 1)))]
-    parts = in_processes(class_curves, [(objects[label], rows_of(label), limits) for label in labels], len(rows))
+        limits.append(max(COCO_LIMIT + 1, *(len(detections["scores"]) for detections in found.values())))
+    labels = sorted(objects, key=lambda label: len(objects[label]), reverse=True)  # the longest tasks start first
+    tasks = [(objects[label], rows_of_class(rows, label), limits) for label in labels]
+    results = in_processes(class_curves, tasks, len(rows))
 
-    whole = COCOeval(iouType="bbox")
-    p = whole.params
-    p.maxDets = limits
-    shape = len(p.iouThrs), len(p.recThrs), len(split.classes), len(p.areaRng), len(p.maxDets)
-    whole.eval = {"precision": np.full(shape, -1.0), "recall": np.full(shape[:1] + shape[2:], -1.0)}
-    for label, (precision, recall) in zip(labels, parts):
-        whole.eval["precision"][:, :, label], whole.eval["recall"][:, label] = precision, recall
-    with contextlib.redirect_stdout(io.StringIO()):
-        whole.summarize()
-    figures, curves = dict(zip(NAMES, whole.stats.tolist())), {}
+    stats, precision = summarize(dict(zip(labels, results)), len(split.classes), limits)
+    precision = precision[:, :, :, 0]  # objects of all areas
+    figures, curves = dict(zip(NAMES, stats)), {}
     if len(limits) > 3:
-        figures["AP_all"] = average_precision(whole.eval["precision"][:, :, :, 0, 3])
-    for i, name in enumerate(split.classes):
-        precision = whole.eval["precision"][:, :, i, 0, 2]
-        figures[f"class/{name}"] = average_precision(precision)
-        if (precision > -1).any():
-            curves[name] = float(precision[0].mean()), precision[0].tolist()
+        figures["AP_all"] = average_precision(precision[..., 3])
+    for label, name in enumerate(split.classes):
+        class_precision = precision[:, :, label, 2]
+        figures[f"class/{name}"] = average_precision(class_precision)
+        if (class_precision > -1).any():
+            at_iou50 = class_precision[0]
+            curves[name] = float(at_iou50.mean()), at_iou50.tolist()
     return figures, curves
 
 
-def average_precision(precision):
-    """Precision at all thresholds and recalls, -1 where there are no objects -> its mean, -1 where there are none at all."""
-    measured = precision > -1
-    return float(precision[measured].mean()) if measured.any() else -1.0
+def annotations_of(split):
+    """Split -> COCO's annotations; image ids are record indices, category ids are labels."""
+    annotations = []
+    for index, record in enumerate(split.records):
+        for box, label, area, ignored in zip(record.boxes, record.labels, record.areas, record.ignored):
+            x1, y1, x2, y2 = box.tolist()
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": index,
+                    "category_id": int(label),
+                    "area": float(area),
+                    "bbox": [x1, y1, x2 - x1, y2 - y1],
+                    "iscrowd": int(ignored),
+                }
+            )
+    return annotations
+
+
+def result_rows(found):
+    """{record index: detections} -> rows (D, 7), sorted by class, as COCO.loadRes takes them.
+
+    A row: image id, x, y, width, height, score, category id.
+    """
+    if not found:
+        return np.zeros((0, 7))
+    boxes, scores, labels = (
+        torch.cat([detections[key] for detections in found.values()]).double().numpy()
+        for key in ("boxes", "scores", "labels")
+    )
+    images = np.repeat(list(found), [len(detections["scores"]) for detections in found.values()])
+    rows = np.column_stack([images, boxes[:, :2], boxes[:, 2:] - boxes[:, :2], scores, labels])
+    return rows[labels.argsort(kind="stable")]
+
+
+def rows_of_class(rows, label):
+    """The slice of result_rows with one class."""
+    start, end = np.searchsorted(rows[:, 6], (label, label + 1))
+    return rows[start:end]
 
 
 def most_of_a_class(split):
@@ -111,57 +169,50 @@ def most_of_a_class(split):
 
 
 def crowding(split):
-    """A line that says that COCO's AP can't count all objects of a Split, or None."""
+    """A line for the user if a Split has images with more objects than COCO's AP counts, else None."""
     most = most_of_a_class(split)
-    if most > COCO_LIMIT:
-        return (
-            f"an image has {most} objects of one class, COCO's AP counts the {COCO_LIMIT} best detections of a class in an image: "
-            "AP_all, which counts all, is given too"
-        )
-    return None
-
-
-def result_rows(found):
-    """All detections (D, 7), class after class: picture, x, y, width, height, score, class, as COCO.loadRes takes them."""
-    if not found:
-        return np.zeros((0, 7))
-    boxes, scores, labels = (torch.cat([d[key] for d in found.values()]).double().numpy() for key in ("boxes", "scores", "labels"))
-    pictures = np.repeat(list(found), [len(d["scores"]) for d in found.values()])
-    rows = np.column_stack([pictures, boxes[:, :2], boxes[:, 2:] - boxes[:, :2], scores, labels])
-    return rows[labels.argsort(kind="stable")]
+    if most <= COCO_LIMIT:
+        return None
+    return (
+        f"an image has {most} objects of one class, but COCO's AP counts only the {COCO_LIMIT} best detections of a "
+        "class in an image; AP_all counts all of them"
+    )
 
 
 def class_curves(task):
-    """(a class's annotations, its rows, how many detections count) -> precision (IoUs, recalls, areas, limits) and recall (IoUs, areas, limits) of pycocotools."""
+    """(annotations of a class, its result rows, numbers of detections that count) -> pycocotools' precision and recall.
+
+    precision (IoUs, recalls, areas, limits); recall (IoUs, areas, limits).
+    """
     annotations, rows, limits = task
     images = sorted({*(a["image_id"] for a in annotations), *rows[:, 0].astype(int).tolist()})
-    with contextlib.redirect_stdout(io.StringIO()), no_collection():
-        truth, nothing = (coco_of(images, {annotations[0]["category_id"]: ""}, those) for those in (annotations, []))
-        evaluation = COCOeval(truth, truth.loadRes(rows) if len(rows) else nothing, "bbox")
+    category = {annotations[0]["category_id"]: ""}
+    with contextlib.redirect_stdout(io.StringIO()), garbage_collection_paused():
+        ground_truth = coco_of(images, category, annotations)
+        detections = ground_truth.loadRes(rows) if len(rows) else coco_of(images, category, [])
+        evaluation = COCOeval(ground_truth, detections, "bbox")
         evaluation.params.maxDets = limits
         evaluation.evaluate()
         evaluation.accumulate()
     return evaluation.eval["precision"][:, :, 0], evaluation.eval["recall"][:, 0]
 
 
-def in_processes(function, tasks, detections):
-    """[function(task)]; several processes share the tasks where there are so many detections that it pays. They are forked, or
-    where a GPU is in use, whose threads a fork can't take along, started anew."""
-    way, pays = ("spawn", 20 * MANY) if torch.cuda.is_initialized() else ("fork", MANY)  # a new process imports all for 5 s
-    count = min(len(os.sched_getaffinity(0)), len(tasks), 16) if sys.platform == "linux" and detections > pays else 1
-    if count > 1:
-        context = multiprocessing.get_context(way)
-        try:
-            with ProcessPoolExecutor(count, context, start_worker) as pool:
-                return list(pool.map(function, tasks))
-        except BrokenProcessPool:  # one was killed, for want of memory perhaps
-            pass
-    return [function(task) for task in tasks]
+def coco_of(images, classes, annotations):
+    """Image ids, {category id: name} and annotations -> pycocotools.COCO."""
+    coco = COCO()
+    coco.dataset = {
+        "info": {},
+        "images": [{"id": i} for i in images],
+        "annotations": annotations,
+        "categories": [{"id": label, "name": name} for label, name in classes.items()],
+    }
+    coco.createIndex()
+    return coco
 
 
 @contextlib.contextmanager
-def no_collection():
-    """Looking for garbage among millions of new dictionaries takes a seventh of the time, and there is none."""
+def garbage_collection_paused():
+    """Searching millions of new dictionaries for garbage takes a seventh of the time, and there is none."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -171,100 +222,310 @@ def no_collection():
             gc.enable()
 
 
+def in_processes(function, tasks, detections):
+    """-> [function(task)]. Several processes share the tasks if there are enough detections for that to pay off."""
+    # A fork loses the threads of a GPU in use; a spawned process takes 5 s to import everything.
+    spawn = torch.cuda.is_initialized()
+    count = 1
+    if sys.platform == "linux" and detections > (20 * MANY if spawn else MANY):
+        count = min(len(os.sched_getaffinity(0)), len(tasks), 16)
+    if count > 1:
+        context = multiprocessing.get_context("spawn" if spawn else "fork")
+        try:
+            with ProcessPoolExecutor(count, context, start_worker) as pool:
+                return list(pool.map(function, tasks))
+        except BrokenProcessPool:  # a process was killed, perhaps for lack of memory
+            pass
+    return [function(task) for task in tasks]
+
+
+def summarize(results, num_classes, limits):
+    """{label: class_curves} -> (COCO's twelve figures, precision (IoUs, recalls, K, areas, limits)).
+
+    Precision is -1 for classes without results.
+    """
+    evaluation = COCOeval(iouType="bbox")
+    params = evaluation.params
+    params.maxDets = limits
+    ious, recalls, areas = len(params.iouThrs), len(params.recThrs), len(params.areaRng)
+    precision = np.full((ious, recalls, num_classes, areas, len(limits)), -1.0)
+    recall = np.full((ious, num_classes, areas, len(limits)), -1.0)
+    for label, (class_precision, class_recall) in results.items():
+        precision[:, :, label] = class_precision
+        recall[:, label] = class_recall
+    evaluation.eval = {"precision": precision, "recall": recall}
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation.summarize()
+    return evaluation.stats.tolist(), precision
+
+
+def average_precision(precision):
+    """Precision, -1 where there are no objects -> its mean over the other entries, -1 if there are none."""
+    measured = precision > -1
+    return float(precision[measured].mean()) if measured.any() else -1.0
+
+
+# Mistakes: objects taken for another class, detections without an object, missed objects
+
+
+@dataclass
+class Case:
+    """A detection and the object it is matched with; one of them may be missing (None)."""
+
+    index: int  # of the image's record in its split
+    truth: int | None  # the object's label
+    detected: int | None  # the detection's label
+    score: float
+    box: list[float]  # xyxy pixels; the detection's, or the missed object's
+
+    @property
+    def area(self):
+        return (self.box[2] - self.box[0]) * (self.box[3] - self.box[1])
+
+
+def find_cases(split, found, threshold=SCORE_THRESHOLD, iou=0.5):
+    """Matches detections that score at least `threshold` with a Split's objects -> [Case].
+
+    found: {record index: detections}, as evaluate returns them. See match. Left out are unmatched detections over
+    ignored objects (crowds and difficult ones), and the ignored objects themselves.
+    """
+    cases = []
+    for index, record in enumerate(split.records):
+        detections = found[index]
+        sure = detections["scores"] >= threshold
+        scores, labels, boxes = (detections[key][sure].cpu() for key in ("scores", "labels", "boxes"))
+        object_boxes, object_labels = torch.from_numpy(record.boxes).float(), torch.from_numpy(record.labels)
+        ignored = torch.from_numpy(record.ignored)
+
+        ious = box_iou(boxes, object_boxes)
+        overlaps, same_class = ious >= iou, labels[:, None] == object_labels
+        matches = match(scores, ious, overlaps & ~ignored, same_class)
+        over_ignored = overlaps[:, ignored].any(dim=1)
+
+        for i, box in enumerate(boxes.tolist()):
+            if i in matches:
+                cases.append(Case(index, int(object_labels[matches[i]]), int(labels[i]), float(scores[i]), box))
+            elif not over_ignored[i]:
+                cases.append(Case(index, None, int(labels[i]), float(scores[i]), box))
+        matched = set(matches.values())
+        for j, box in enumerate(object_boxes.tolist()):
+            if j not in matched and not ignored[j]:
+                cases.append(Case(index, int(object_labels[j]), None, 0.0, box))
+    return cases
+
+
+def match(scores, ious, allowed, same_class):
+    """Matches D detections with T objects, each at most once -> {index of a detection: index of its object}.
+
+    scores (D,); ious (D, T); allowed (D, T) and same_class (D, T) are masks. Best first, a detection takes the free
+    object of its class that it overlaps most. Those left over then take what is left of other classes.
+    """
+    matches, taken = {}, set()
+    order = scores.argsort(descending=True).tolist()
+    for candidates in (allowed & same_class, allowed):
+        for i in order:
+            if i in matches:
+                continue
+            free = [j for j in candidates[i].nonzero().flatten().tolist() if j not in taken]
+            if free:
+                matches[i] = max(free, key=ious[i].tolist().__getitem__)
+                taken.add(matches[i])
+    return matches
+
+
+def confusion(cases, classes):
+    """[Case] and the number of classes K -> counts (K + 1, K + 1).
+
+    Rows are the ground truth, columns the detected classes; the last of each stands for "nothing".
+    """
+    counts = np.zeros((classes + 1, classes + 1), dtype=int)
+    for case in cases:
+        row = classes if case.truth is None else case.truth
+        column = classes if case.detected is None else case.detected
+        counts[row, column] += 1
+    return counts
+
+
+def worst(cases, count=12):
+    """-> [Case], half of them the wrong detections with the highest scores, half the largest missed objects."""
+    wrong = [case for case in cases if case.detected is not None and case.detected != case.truth]
+    missed = [case for case in cases if case.detected is None]
+    wrong.sort(key=attrgetter("score"), reverse=True)
+    missed.sort(key=attrgetter("area"), reverse=True)
+    return wrong[: count // 2] + missed[: count // 2]
+
+
 def draw_report(split, found, curves, folder):
-    """Writes precision_recall.png, confusion.png and, where there are mistakes, mistakes.png into folder -> their names."""
+    """Writes precision_recall.png, confusion.png and, if there are mistakes, mistakes.png -> their names in folder."""
+
+    def load(index):
+        record = split.records[index]
+        return read_image(record.path, record.upright)
+
+    names = ["precision_recall.png", "confusion.png"]
     cases = find_cases(split, found)
     plots.draw_precision_recall(curves, folder / "precision_recall.png")
     plots.draw_confusion(confusion(cases, len(split.classes)), split.classes, folder / "confusion.png")
-    shown = worst(cases)
-    if shown:
-        load = lambda index: read_image(split.records[index].path, split.records[index].upright)
-        plots.draw_cases(shown, load, split.classes).save(folder / "mistakes.png")
-    return ["precision_recall.png", "confusion.png"] + ["mistakes.png"] * bool(shown)
+    mistakes = worst(cases)
+    if mistakes:
+        plots.draw_cases(mistakes, load, split.classes).save(folder / "mistakes.png")
+        names.append("mistakes.png")
+    return names
 
 
-def annotations_of(split):
-    """Split -> COCO's annotations: picture ids are indices of the records, category ids those of the classes."""
-    annotations = []
-    for index, record in enumerate(split.records):
-        for box, label, area, ignored in zip(record.boxes, record.labels, record.areas, record.ignored):
-            x1, y1, x2, y2 = box.tolist()
-            annotations.append({
-                "id": len(annotations) + 1, "image_id": index, "category_id": int(label), "area": float(area),
-                "bbox": [x1, y1, x2 - x1, y2 - y1], "iscrowd": int(ignored),
-            })  # fmt: skip
-    return annotations
+# Duplicates: an object that is detected twice
 
 
-def coco_of(images, classes, annotations):
-    """Picture ids, {category id: name} and annotations -> pycocotools.COCO."""
-    coco = COCO()
-    categories = [{"id": label, "name": name} for label, name in classes.items()]
-    coco.dataset = {"info": {}, "images": [{"id": i} for i in images], "annotations": annotations, "categories": categories}
-    coco.createIndex()
-    return coco
+def doubles(split, found, threshold=SCORE_THRESHOLD, iou=DUPLICATE_IOU):
+    """The fraction of the detections that are duplicates, out of those that score at least `threshold`.
+
+    A duplicate overlaps a detection of its class with a higher score by more than `iou`, and has no object of its own.
+    split, found: see find_cases.
+    """
+    cases = [case for case in find_cases(split, found, threshold) if case.detected is not None]
+    duplicates = 0
+    for case in cases:
+        if case.truth == case.detected:
+            continue
+        detections = found[case.index]
+        is_better = (detections["scores"] > case.score) & (detections["labels"] == case.detected)
+        overlaps = box_iou(torch.tensor([case.box]), detections["boxes"][is_better].cpu())
+        duplicates += bool((overlaps > iou).any())
+    return duplicates / max(1, len(cases))
 
 
-def main():
+def suppressed(found, iou):
+    """The same detections after non-maximum suppression (NMS) within each class."""
+    survivors = {}
+    for index, detections in found.items():
+        keep = batched_nms(detections["boxes"], detections["scores"], detections["labels"], iou)
+        survivors[index] = {key: value[keep] for key, value in detections.items()}
+    return survivors
+
+
+# The script
+
+
+def build_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="best.pth or last.pth of a run")
-    parser.add_argument("--data", metavar="DIR", help="a data set (default: that of the run)")
-    parser.add_argument("--layout", choices=LAYOUTS, help="of --data (default: by looking)")
-    parser.add_argument("--val-split", metavar="NAME", help="its part to evaluate on (default: that of the run)")
-    parser.add_argument("--train-split", metavar="NAME", help="its other part, where the classes of both count (default: that of the run)")
-    parser.add_argument("--skip-bad-images", action="store_true", help="leave out pictures that can't be read")
-    parser.add_argument("--allow-outside", action="store_true", help="files of the data may lie outside of DIR, through links or absolute paths")
-    parser.add_argument("--image-size", type=int, metavar="S", help="shortest side (default: that of the run)")
-    parser.add_argument("--pictures", metavar="DIR", help="also draws precision over recall, which class was taken for which, and the worst mistakes")
-    parser.add_argument("--doubles", action="store_true", help="also says how many objects are detected twice, and what non-maximum suppression would give")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="B")
-    parser.add_argument("--precision", default="auto", choices=["auto", *PRECISIONS], help="default: float32 on CPUs, bfloat16 or float16 on GPUs that are fast at it")
+    parser.add_argument("--data", metavar="DIR", help="a dataset (default: that of the run)")
+    parser.add_argument("--layout", choices=LAYOUTS, help="of --data (default: recognised by its files)")
+    parser.add_argument("--val-split", metavar="NAME", help="the split to evaluate on (default: that of the run)")
+    parser.add_argument(
+        "--train-split",
+        metavar="NAME",
+        help="the training split, needed if the classes are those of both splits (default: that of the run)",
+    )
+    parser.add_argument("--skip-bad-images", action="store_true", help="leave out images that can't be read")
+    parser.add_argument(
+        "--allow-outside",
+        action="store_true",
+        help="allow files of the dataset outside of DIR, through links or absolute paths",
+    )
+    parser.add_argument(
+        "--image-size", type=int, metavar="S", help="shortest side in pixels (default: that of the run)"
+    )
+    parser.add_argument(
+        "--pictures",
+        metavar="DIR",
+        help="also draw precision-recall curves, the confusion matrix and the worst mistakes into this folder",
+    )
+    parser.add_argument(
+        "--doubles",
+        "--duplicates",
+        action="store_true",
+        help="also print the fraction of duplicate detections, and the figures after non-maximum suppression (NMS)",
+    )
+    parser.add_argument("--batch-size", type=int, default=8, metavar="B", help="images at a time (default 8)")
+    parser.add_argument(
+        "--precision",
+        default="auto",
+        choices=["auto", *PRECISIONS],
+        help="default: float32 on CPUs, bfloat16 or float16 on GPUs that are fast at it",
+    )
     parser.add_argument("--offline", action=Offline)
-    arguments = parser.parse_args()
-    if arguments.layout and not arguments.data:
-        raise UserError(f"--layout {arguments.layout}: is for --data; the run's own data is read as it was for training")
-    device = choose_device()
-    precision = choose_precision(arguments.precision, device, training=False)
-    model, postprocess, content = load_detector(arguments.checkpoint, device)
+    return parser
+
+
+def load_split(arguments, content):
+    """The Split to evaluate a checkpoint's content on: that of --data, or of the run. Raises UserError."""
     config = content["config"]
-    of_run = {} if arguments.data else config  # what was let in there says nothing about other data
     data = arguments.data or config.get("data")
     if data is None:
         raise UserError(f"{arguments.checkpoint} does not say what data it was trained with; give --data DIR")
+    of_run = {} if arguments.data else config  # these settings of the run say nothing about other data
     _, split = load_splits(
-        data, arguments.train_split or config.get("train_split"), arguments.val_split or config.get("val_split"),
-        arguments.skip_bad_images or of_run.get("skip_bad_images", False), arguments.layout or of_run.get("layout"),
-        config.get("val_fraction"), arguments.allow_outside or of_run.get("allow_outside", False), only_val=True,
-    )  # fmt: skip
+        data,
+        arguments.train_split or config.get("train_split"),
+        arguments.val_split or config.get("val_split"),
+        arguments.skip_bad_images or of_run.get("skip_bad_images", False),
+        arguments.layout or of_run.get("layout"),
+        config.get("val_fraction"),
+        arguments.allow_outside or of_run.get("allow_outside", False),
+        only_val=True,
+    )
     if split.layout == "json" and (arguments.val_split or arguments.train_split):
         raise UserError(f"--val-split, --train-split: {data} is a single COCO file; it is split as it was for training")
     if split.classes != content["classes"]:
         raise UserError(f"the data's classes {split.classes[:5]} are not the checkpoint's {content['classes'][:5]}")
-    form = arguments.image_size or config["image_size"], config.get("square", False), config["exact_sides"]
-    divisor = model.backbone.size_divisor
-    loader = DataLoader(
-        DetectionDataset(split, eval_transforms(*form)), collate_fn=partial(collate, divisor=divisor),
-        batch_sampler=evaluation_batches(split, arguments.batch_size, divisor, *form),
-    )  # fmt: skip
-    with autocast(precision, device):
-        figures, curves, found = evaluate(model, postprocess, loader, split, device)
-    if crowding(split):
-        print(crowding(split))
+    return split
+
+
+def build_loader(split, arguments, config, divisor):
+    """A DataLoader of a Split; divisor: of the sides of a batch."""
+    resizing = arguments.image_size or config["image_size"], config.get("square", False), config["exact_sides"]
+    return DataLoader(
+        DetectionDataset(split, eval_transforms(*resizing)),
+        collate_fn=partial(collate, divisor=divisor),
+        batch_sampler=evaluation_batches(split, arguments.batch_size, divisor, *resizing),
+    )
+
+
+def print_figures(figures):
     for name, value in figures.items():
         print(f"{name:24s} {value:.3f}" if value >= 0 else f"{name:24s} -")
+
+
+def print_duplicates(split, found, figures):
+    """Prints the fraction of duplicates, and the change that NMS would make to figures."""
+    print(
+        f"of the detections with a score of at least {SCORE_THRESHOLD}, {doubles(split, found):.1%} are duplicates: "
+        f"a better one of the same class overlaps them by an IoU over {DUPLICATE_IOU}, and there is no second object"
+    )
+    for iou in (0.5, 0.6, 0.7, 0.8, 0.9):
+        after_nms, _ = measure(split, suppressed(found, iou))
+        changes = [f"{name} {after_nms[name]:.3f} ({after_nms[name] - figures[name]:+.3f})" for name in ("AP", "AP50")]
+        print(f"NMS at IoU {iou}: {', '.join(changes)}")
+
+
+def main():
+    arguments = build_parser().parse_args()
+    if arguments.layout and not arguments.data:
+        raise UserError(
+            f"--layout {arguments.layout}: is for --data; the run's own data is read as it was for training"
+        )
+    device = choose_device()
+    precision = choose_precision(arguments.precision, device, training=False)
+    model, postprocess, content = load_detector(arguments.checkpoint, device)
+    split = load_split(arguments, content)
+    loader = build_loader(split, arguments, content["config"], model.backbone.size_divisor)
+    with autocast(precision, device):
+        figures, curves, found = evaluate(model, postprocess, loader, split, device)
+
+    remark = crowding(split)
+    if remark:
+        print(remark)
+    print_figures(figures)
     if arguments.doubles:
-        print(f"of the detections with a score of 0.4 or more, {doubles(split, found):.1%} are doubles: a better one of their class overlaps them by an IoU over 0.7, and there is no second object")
-        for iou in (0.5, 0.6, 0.7, 0.8, 0.9):
-            fewer = measure(split, suppressed(found, iou))[0]
-            print(f"NMS at IoU {iou}: " + ", ".join(f"{name} {fewer[name]:.3f} ({fewer[name] - figures[name]:+.3f})" for name in ("AP", "AP50")))
+        print_duplicates(split, found, figures)
     if arguments.pictures:
         folder = Path(arguments.pictures)
-        try:
+        with writing(folder, "; choose another --pictures"):
             folder.mkdir(parents=True, exist_ok=True)
-            print(f"{', '.join(draw_report(split, found, curves, folder))} are in {folder}")
-        except OSError as error:
-            raise UserError(f"{folder}: can't be written ({error.strerror or error})") from None
+            names = draw_report(split, found, curves, folder)
+        print(f"{', '.join(names)} are in {folder}")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

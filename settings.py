@@ -1,11 +1,13 @@
-"""Every setting of a training run: defaults, recipes, the command line, and what is decided from the data.
+"""Every setting of a training run: name, default, help; recipes; and what is chosen from the data.
 
-A recipe says where it differs from DEFAULTS; what is None in both, and not given, `settle` decides and prints.
+A setting without a default is chosen by `resolve_settings`, which prints its choices.
 """
 
 import argparse
 import math
 import os
+from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,157 +16,339 @@ from backbones import PYRAMIDS, find_spec
 from detr_model import ATTENTION, DETECTORS
 from devices import PRECISIONS, choose_device, choose_precision
 from ecdet_model import SIZES
-from errors import UserError
+from errors import Offline, UserError
 from layouts import LAYOUTS
-from weights import Offline
 
-DEFAULTS = dict(
-    # data
-    data=None,  # folder of a data set; None: the demo
-    layout=None,  # see layouts.LAYOUTS; None: by looking
-    train_split=None, val_split=None, val_fraction=None,  # which parts, where the folder has several; of a single file's pictures
-    image_size=None,  # shortest side in evaluation; training sides scale with it
-    augment="zoom",  # see transforms.train_transforms
-    color_jitter=0.0, rotate=0.0,  # strength in [0, 1]; degrees
-    plain_passes=8, plain_end=0.0,  # passes over the data, and share of the budget at its end, without augmentation
-    mosaic=0.0, mosaic_chance=0.5,  # share of the budget with mosaics and mix-up; how likely each is there
-    square=False,  # pictures are resized to image_size x image_size, whatever their proportions
-    workers=None, skip_bad_images=False, allow_outside=False,
-    # model
-    detector="detr", size=None,  # ECDet's: nano, s, m, l, x
-    backbone=None, backbone_weights=None,
-    init=None,  # a checkpoint to start from
-    freeze_backbone=0.0,  # epochs before the backbone is trained; "all": never
-    checkpoint_activations=False,
-    pyramid=None,  # own, resize, simple: how the backbone's maps become those that the detector wants
-    layers=None, patch_size=None, patch_resize="pinv",  # a plain ViT's, see backbones.build_backbone
-    num_queries=None,
-    hidden_dim=None, num_heads=None, ffn_dim=None, encoder_layers=None, decoder_layers=None, dropout=0.0,
-    scales=4,  # DINO's
-    copies=None,  # detr's and DINO's, see denoising.make_denoising
-    attention="local", distinct=0.7,  # detr's, see detr_model.PlainDETR
-    # budget: whichever ends first
-    epochs=None, steps=None, minutes=None,
-    # optimisation
-    batch_size=None, accumulate=1,
-    device_batch=None,  # images at a time on a device; the rest of its part of the batch is accumulated
-    optimizer="muon", lr=None, backbone_lr=None,
-    layer_decay=1.0,  # learning rate of each backbone block relative to the next
-    weight_decay=1e-4, decay_all=False, clip=1.0,  # decay_all: of norms, biases and embeddings too
-    schedule="linear", warmup=0.03,  # share of the budget
-    lr_drop=2 / 3,  # share of the budget after which the step schedule falls to a tenth
-    warmup_steps=None,  # the warm-up's length at most
-    ema=True, ema_horizon=None,  # steps that the EMA looks back at most
-    precision="auto", seed=0,
-    # run
-    out=None, eval_every=0, keep_every=0, patience=None, tensorboard=False, shard=False,
-    save_every=60.0,  # seconds between writings of last.pth
-    # what earlier checkpoints did otherwise, see checkpoint.EARLIER
-    exact_sides=True,  # see transforms.resized_sides
-)  # fmt: skip
+VERSION = "1.0"  # see CHANGES.md
 
 RECIPES = {
     "default": {},
     "meta": dict(  # arXiv 2005.12872 and its code: eight GPUs with two images each; a learning rate for that batch
-        detector="detr-2020", augment="meta", plain_passes=0, image_size=800, num_queries=100, hidden_dim=256, num_heads=8, ffn_dim=2048,
-        decoder_layers=6, dropout=0.1, batch_size=16, device_batch=2, epochs=300, optimizer="adamw", lr=1e-4, backbone_lr=1e-5, decay_all=True,
-        clip=0.1, schedule="step", warmup=0.0, ema=False, eval_every=1,
-        freeze_backbone=100.0, keep_every=50,  # not in the paper: asked for here
+        detector="detr-2020",
+        augment="meta",
+        plain_passes=0,
+        image_size=800,
+        num_queries=100,
+        hidden_dim=256,
+        num_heads=8,
+        ffn_dim=2048,
+        decoder_layers=6,
+        dropout=0.1,
+        batch_size=16,
+        device_batch=2,
+        epochs=300,
+        optimizer="adamw",
+        lr=1e-4,
+        backbone_lr=1e-5,
+        decay_all=True,
+        clip=0.1,
+        schedule="step",
+        warmup=0.0,
+        ema=False,
+        eval_every=1,
+        freeze_backbone=100.0,  # this and the next are not in the paper: our first user asked for them
+        keep_every=50,
     ),
     "ecdet": dict(  # arXiv 2603.18739, as published for COCO with batches of 32; what depends on the size is in ECDET
-        detector="ecdet", augment="strong", mosaic=None, mosaic_chance=None, plain_passes=0, plain_end=None, image_size=640, square=True,
-        optimizer="adamw", weight_decay=None, clip=0.1, schedule="flat-cosine", warmup_steps=2000, ema_horizon=10000,
+        detector="ecdet",
+        augment="strong",
+        mosaic=None,
+        mosaic_chance=None,
+        plain_passes=0,
+        plain_end=None,
+        image_size=640,
+        square=True,
+        optimizer="adamw",
+        weight_decay=None,
+        clip=0.1,
+        schedule="flat-cosine",
+        warmup_steps=2000,
+        ema_horizon=10000,
     ),
     "dino": dict(  # arXiv 2203.03605, twelve epochs of COCO
-        detector="dino", augment="meta", plain_passes=0, image_size=800, num_queries=900, hidden_dim=256, num_heads=8, ffn_dim=2048,
-        encoder_layers=6, decoder_layers=6, batch_size=16, epochs=12, optimizer="adamw", lr=1e-4, backbone_lr=1e-5, clip=0.1, schedule="step",
-        lr_drop=11 / 12, warmup=0.0, ema=False, eval_every=1,
+        detector="dino",
+        augment="meta",
+        plain_passes=0,
+        image_size=800,
+        num_queries=900,
+        hidden_dim=256,
+        num_heads=8,
+        ffn_dim=2048,
+        encoder_layers=6,
+        decoder_layers=6,
+        batch_size=16,
+        epochs=12,
+        optimizer="adamw",
+        lr=1e-4,
+        backbone_lr=1e-5,
+        clip=0.1,
+        schedule="step",
+        lr_drop=11 / 12,
+        warmup=0.0,
+        ema=False,
+        eval_every=1,
     ),
-}  # fmt: skip
+}
 
-# The ecdet recipe by size (EdgeCrafter 706d037; nano's is S's): epochs, those with mosaics and mix-up and how likely each is, the
-# epoch from which images are whole, weight decay, learning rates of all but the backbone and of the backbone
+# The ecdet recipe by size (EdgeCrafter 706d037; nano's is S's): epochs, how many of them have mosaics and mix-up, how
+# likely each is, the epoch from which images are not augmented, weight decay, learning rates (rest, backbone)
 S = dict(epochs=74, mixed=36, chance=0.75, plain_from=72, weight_decay=1e-4, lr=5e-4, backbone_lr=2.5e-5)
+L = dict(epochs=50, mixed=24, chance=1.0, plain_from=48, weight_decay=1.25e-4, lr=5e-4, backbone_lr=5e-6)
 ECDET = {
     "nano": S,
     "s": S,
     "m": S | dict(epochs=62, mixed=30, plain_from=60),
-    "l": dict(epochs=50, mixed=24, chance=1.0, plain_from=48, weight_decay=1.25e-4, lr=5e-4, backbone_lr=5e-6),
-    "x": dict(epochs=50, mixed=24, chance=1.0, plain_from=48, weight_decay=1.25e-4, lr=5e-4, backbone_lr=2.5e-6),
+    "l": L,
+    "x": L | dict(backbone_lr=2.5e-6),
 }
 
+GROUPS = {
+    "data": "data",
+    "model": "model",
+    "budget": "budget (the first one that is used up ends the run; the schedule follows it)",
+    "optim": "optimization",
+    "run": "run",
+}
+
+
+def setting(group, default, metavar, help, **options):
+    """A field of Settings with what argparse needs to know."""
+    options |= {"metavar": metavar} if metavar else {}
+    return field(default=default, metadata={"group": group, "options": options | {"help": help}})
+
+
+of_data, of_model, of_budget, of_optim, of_run = (partial(setting, group) for group in GROUPS)
+
+
+@dataclass
+class Settings:
+    data: str = of_data(None, "DIR", "a dataset: COCO, Roboflow, Pascal VOC, YOLO (default: the demo, data/demo)")
+    layout: str = of_data(None, None, "layout of the dataset (default: detected, and printed)", choices=LAYOUTS)
+    train_split: str = of_data(None, "NAME", "the part to train on, e.g. trainval")
+    val_split: str = of_data(None, "NAME", "the part to evaluate on, e.g. test")
+    val_fraction: float = of_data(None, "X", "fraction to evaluate on, if one file has all images (default 0.2)")
+    image_size: int = of_data(
+        None,
+        "S",
+        "shortest side in evaluation; training draws sides from 0.6 S to S after its first passes; longest sides are "
+        "at most 1.67 S (default: chosen from the objects' sizes)",
+    )
+    square: bool = of_data(
+        False, None, "resize to a square instead of keeping the aspect ratio (default in recipe ecdet)"
+    )
+    augment: str = of_data(
+        "zoom",
+        None,
+        "zoom: windows of the image's own aspect ratio (default); meta: DETR's crops; strong: colours, zoom-out and "
+        "crops as in ECDet",
+        choices=("zoom", "meta", "strong"),
+    )
+    color_jitter: float = of_data(
+        0.0, "X", "change brightness, contrast, saturation by up to this fraction (default 0)"
+    )
+    rotate: float = of_data(0.0, "DEG", "rotate by up to this many degrees (default 0)")
+    plain_passes: int = of_data(8, "N", "passes over the data without augmentation, at the start (default 8)")
+    plain_end: float = of_data(
+        0.0, "X", "fraction of the run without augmentation, at its end (default 0; ecdet: 0.03)"
+    )
+    mosaic: float = of_data(
+        0.0, "X", "fraction of the run with mosaics and mix-up, at its start (default 0; ecdet: 0.5)"
+    )
+    mosaic_chance: float = of_data(0.5, "X", "how likely these are in that time (default 0.5; ecdet: 0.75 or 1)")
+    workers: int = of_data(None, "N", "processes that load images")
+    skip_bad_images: bool = of_data(False, None, "leave out images that can't be read, instead of stopping")
+    allow_outside: bool = of_data(False, None, "files may lie outside of DIR, through links, .. or absolute paths")
+
+    recipe: str = of_model(
+        None,
+        None,
+        "meta: DETR as published; ecdet: ECDet as published, the default for an ECDet that does not start from random "
+        "weights; dino: DINO as published, 12 epochs; other options still apply",
+        choices=RECIPES,
+    )
+    detector: str = of_model(
+        "detr",
+        None,
+        "detr: ours (default); detr-2020: as published; ecdet: EdgeCrafter's real-time detector; dino: deformable, on "
+        "four scales; ssd: torchvision's head, the baseline",
+        choices=DETECTORS,
+    )
+    size: str = of_model(None, None, "ECDet's (default: the one that the backbone belongs to, else m)", choices=SIZES)
+    backbone: str = of_model(None, "NAME", "see python check_dims.py (default ecvitt; for the demo ecvit-nano)")
+    backbone_weights: str = of_model(
+        None,
+        "W",
+        "pretrained (hub or release), none (from scratch), or the path of a folder or file (default: pretrained if "
+        "there are any)",
+    )
+    init: str = of_model(
+        None,
+        "FILE",
+        "start from this checkpoint, which decides the architecture: best.pth of a run, or a released ECDet "
+        "(ecdet_s.pth, a folder, Intellindust/ECDet_S)",
+    )
+    freeze_backbone: str = of_model(0.0, "N", "epochs before the backbone is trained, or all (default 0; meta: 100)")
+    checkpoint_activations: bool = of_model(False, None, "recompute the backbone's activations: less memory, slower")
+    shard: bool = of_model(
+        False, None, "with torchrun: spread a large backbone and its optimizer over the processes (FSDP)"
+    )
+    pyramid: str = of_model(
+        None,
+        None,
+        "maps for the detector: own, the backbone's (default for detr); resize, the nearest of them resized (for ecdet "
+        "if the backbone's do not fit); simple, ViTDet's (dino, ssd)",
+        choices=PYRAMIDS,
+    )
+    layers: str = of_model(
+        None,
+        "I,J,..",
+        "blocks of a plain ViT, counted from 0, whose maps are used, earlier ones for finer levels (default: the last)",
+    )
+    patch_size: int = of_model(
+        None, "P", "resample a plain ViT's patches: 16 makes DINOv2 fit all others (default: its own)"
+    )
+    patch_resize: str = of_model(
+        "pinv", None, "how: pseudo-inverse (FlexiViT), or like images (default pinv)", choices=("pinv", "bicubic")
+    )
+    num_queries: int = of_model(
+        None,
+        "Q",
+        "most objects that can be found in an image (default: 100 to 300, ten times the most in a training image, at "
+        "least twice)",
+    )
+    hidden_dim: int = of_model(None, "C", "width of the detector (default 256, with ecvit-nano 128)")
+    num_heads: int = of_model(None, "N", "attention heads of the detector (default: one for 32 channels)")
+    ffn_dim: int = of_model(None, "C", "hidden width of feed-forward layers (default: four times the width)")
+    encoder_layers: int = of_model(None, "N", "DINO's (default 6, with ecvit-nano 1)")
+    decoder_layers: int = of_model(None, "N", "(default 3, with ecvit-nano 2; meta and dino: 6)")
+    dropout: float = of_model(0.0, "X", "in the detector's transformer (default 0; meta: 0.1)")
+    scales: int = of_model(4, None, "DINO's: 8 to 64 pixels, or 4 to 64 (default 4)", choices=(4, 5))
+    attention: str = of_model(
+        "local",
+        None,
+        "detr's: local, a few points around each query's box (default); global, the whole map, as before December 2026",
+        choices=ATTENTION,
+    )
+    distinct: float = of_model(
+        0.7,
+        "IOU",
+        "detr's: cells whose boxes overlap a better one's by more than this become queries after all others (default "
+        "0.7; 0: off)",
+    )
+    num_denoising: int = of_model(
+        None,
+        "N",
+        "detr's and DINO's: noisy copies of the objects as additional queries in training (default 40, larger DINOs "
+        "100; 0: none)",
+    )
+
+    epochs: int = of_budget(None, "N", "passes over the data")
+    steps: int = of_budget(None, "N", "steps of the optimizer")
+    minutes: float = of_budget(None, "M", "minutes of training; evaluation is not counted")
+
+    batch_size: int = of_optim(None, "B", "images a step (default 16; 8 below 1,000 images)")
+    accumulate: int = of_optim(1, "N", "gradient accumulation: batches a step (default 1)")
+    device_batch: int = of_optim(
+        None,
+        "N",
+        "most images on a device at a time; the rest of its part of the batch is accumulated, which takes less memory "
+        "(default: all; meta: 2)",
+    )
+    optimizer: str = of_optim(
+        "muon",
+        None,
+        "muon: for the matrices of all that starts from random weights, AdamW for the rest (default; meta: adamw)",
+        choices=("muon", "adamw"),
+    )
+    lr: float = of_optim(
+        None,
+        None,
+        "learning rate (default for a batch of 16: 8e-4 from scratch, else 4e-4; scaled by the batch's square root)",
+    )
+    backbone_lr: float = of_optim(None, None, "the backbone's (default: lr from scratch, else lr/10)")
+    layer_decay: float = of_optim(1.0, "X", "learning rate of a backbone block relative to the next one's (default 1)")
+    weight_decay: float = of_optim(1e-4, "X", "AdamW's (default 1e-4)")
+    decay_all: bool = of_optim(False, None, "weight decay on norms, biases and embeddings too (default in recipe meta)")
+    clip: float = of_optim(1.0, "X", "maximum gradient norm (default 1; meta: 0.1; 0: no limit)")
+    schedule: str = of_optim(
+        "linear",
+        None,
+        "how the learning rate falls: linear (default), step (DETR), flat-cosine (DEIM)",
+        choices=("linear", "step", "flat-cosine"),
+    )
+    lr_drop: float = of_optim(
+        2 / 3, "X", "fraction of the run after which schedule step falls to a tenth (default 2/3)"
+    )
+    warmup: float = of_optim(0.03, "X", "fraction of the run in which the learning rate rises (default 0.03)")
+    warmup_steps: int = of_optim(None, "N", "most steps of that (default: no limit; ecdet: 2000)")
+    ema: bool = of_optim(True, None, "evaluate and keep a running average of the weights, not the last ones (default)")
+    ema_horizon: int = of_optim(None, "N", "most steps that the average looks back (default: no limit; ecdet: 10000)")
+    precision: str = of_optim(
+        "auto",
+        None,
+        "auto: bfloat16 where the hardware supports it natively, float16 on GPUs that support that alone",
+        choices=("auto", *PRECISIONS),
+    )
+    seed: int = of_optim(0, "N", "of everything that is random (default 0)")
+
+    out: str = of_run(None, "RUN", "folder of the run (default: runs/ and the dataset's name)")
+    eval_every: int = of_run(0, "N", "epochs between evaluations (default 0: as often as a tenth of the time allows)")
+    save_every: float = of_run(
+        60.0,
+        "SECONDS",
+        "seconds between writings of last.pth, which --resume continues from (default 60; it is also written at the "
+        "end and when the run is stopped)",
+    )
+    keep_every: int = of_run(0, "N", "also keep a checkpoint every N epochs (default 0: none; meta: 50)")
+    patience: int = of_run(None, "N", "end after N epochs without a better AP (default: never)")
+    tensorboard: bool = of_run(False, None, "also log for TensorBoard, into the run's folder")
+    exact_sides: bool = of_run(True, None, "round the sides of resized images; earlier versions truncated them")
+    num_classes: int = None  # the dataset's
+    version: str = VERSION  # of this code, which began the run
+
+    @classmethod
+    def from_config(cls, config):
+        """The settings in a checkpoint; those that it does not know have their defaults."""
+        names = {f.name for f in fields(cls)}
+        return cls(**{key: value for key, value in config.items() if key in names})
+
+
+DEFAULTS = vars(Settings())
+
+# what --init decides
 ARCHITECTURE = (
-    "detector", "size", "backbone", "pyramid", "layers", "patch_size", "hidden_dim", "num_heads", "ffn_dim", "encoder_layers", "decoder_layers",
-    "scales", "attention", "copies",
-)  # fmt: skip  # what --init decides
+    "detector size backbone pyramid layers patch_size hidden_dim num_heads ffn_dim encoder_layers decoder_layers"
+)
+ARCHITECTURE = (*ARCHITECTURE.split(), "scales", "attention", "num_denoising")
 QUERIES_ARE_WEIGHTS = ("detr-2020", "dino")  # elsewhere they are selected, as many as one likes
+POSITIVE = (
+    "batch_size accumulate device_batch image_size num_queries decoder_layers patch_size epochs steps minutes patience"
+)
+
+
+# The command line
 
 
 def build_parser(description):
-    """-> the command line of train.py. What isn't given isn't in its result."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
-    data = parser.add_argument_group("data")
-    data.add_argument("--data", metavar="DIR", help="a data set: COCO, Roboflow, Pascal VOC, YOLO (default: the demo, drawn into data/demo)")
-    data.add_argument("--layout", choices=LAYOUTS, help="how the data set is laid out (default: by looking, and said)")
-    data.add_argument("--val-fraction", type=float, metavar="X", help="share of the pictures to evaluate on, where a single file has them all (default 0.2)")
-    data.add_argument("--train-split", metavar="NAME", help="its part to train on, e.g. trainval")
-    data.add_argument("--val-split", metavar="NAME", help="its part to evaluate on, e.g. test")
-    data.add_argument("--image-size", type=int, metavar="S", help="shortest side in evaluation; training draws S*0.6 .. S after its first passes, and longest sides are S*1.67 at most (default: chosen from the objects' sizes)")
-    data.add_argument("--augment", choices=["zoom", "meta", "strong"], help="windows of the picture's own proportions, DETR's crops, or colours, zoom-out and crops as ECDet's (default zoom)")
-    data.add_argument("--mosaic", type=float, metavar="X", help="share of the run, from its start, with mosaics and mix-up (default 0; ecdet: about a half)")
-    data.add_argument("--square", action=argparse.BooleanOptionalAction, help="resize to a square instead of keeping a picture's proportions (default with recipe ecdet)")
-    data.add_argument("--color-jitter", type=float, metavar="X", help="brightness, contrast and saturation changed by up to this share (default 0)")
-    data.add_argument("--rotate", type=float, metavar="DEG", help="rotation by up to this many degrees (default 0)")
-    data.add_argument("--workers", type=int, metavar="N", help="processes that prepare pictures")
-    data.add_argument("--skip-bad-images", action="store_true", help="leave out pictures that can't be read, instead of stopping")
-    data.add_argument("--allow-outside", action="store_true", help="files may lie outside of DIR, through links, .. or absolute paths")
-    model = parser.add_argument_group("model")
-    model.add_argument("--recipe", choices=RECIPES, help="meta: DETR as published; ecdet: ECDet as published, the default for an ECDet that does not start from random weights; dino: DINO as published, 12 epochs; every option below and above still applies")
-    model.add_argument("--detector", choices=DETECTORS, help="detr: ours (default); detr-2020: as published; ecdet: EdgeCrafter's real-time detector; dino: deformable, over four scales; ssd: torchvision's head, as a baseline")
-    model.add_argument("--size", choices=SIZES, help="ECDet's (default: the one that the backbone belongs to, otherwise m)")
-    model.add_argument("--backbone", metavar="NAME", help="see python check_dims.py (default: ecvitt; the demo: ecvit-nano)")
-    model.add_argument("--backbone-weights", metavar="W", help="pretrained (hub or release), none (from scratch), or the path of a folder or file (default: pretrained where there are any)")
-    model.add_argument("--init", metavar="FILE", help="start from this checkpoint: best.pth of a run, or a released ECDet (ecdet_s.pth, a folder, Intellindust/ECDet_S); it decides the architecture")
-    model.add_argument("--freeze-backbone", metavar="N", help="epochs before the backbone is trained, or all (default 0; meta: 100)")
-    model.add_argument("--checkpoint-activations", action="store_true", help="recompute the backbone's activations: less memory, slower")
-    model.add_argument("--shard", action="store_true", help="with torchrun: spread the backbone's weights and its optimiser's state over the processes (FSDP), where they are too large for one GPU")
-    model.add_argument("--pyramid", choices=PYRAMIDS, help="maps for the detector: own, the backbone's as they are (default for detr); resize, the nearest of them resized (ecdet, where the own don't fit); simple, ViTDet's (dino, ssd)")
-    model.add_argument("--layers", metavar="I,J,..", help="blocks of a plain ViT, counted from 0, whose maps are used, the earliest for the finest level (default: the last alone)")
-    model.add_argument("--patch-size", type=int, metavar="P", help="a plain ViT's patches, its filters resampled: 16 for DINOv2 fits every other size here (default: its own)")
-    model.add_argument("--patch-resize", choices=["pinv", "bicubic"], help="how: by the pseudo-inverse of FlexiViT or like pictures (default pinv)")
-    model.add_argument("--scales", type=int, choices=[4, 5], help="DINO's: 8 to 64 pixels, or 4 to 64 (default 4)")
-    model.add_argument("--num-queries", type=int, metavar="Q", help="most objects that can be found in a picture (default: 100 to 300, ten times the most in a training picture, never under twice)")
-    model.add_argument("--attention", choices=ATTENTION, help="detr's: local, a few points around each query's box (default); global, the whole map, as before December 2026")
-    model.add_argument("--distinct", type=float, metavar="IOU", help="detr's: cells whose boxes overlap a better one's by more become queries after all others (default 0.7; 0: no such rule)")
-    model.add_argument("--copies", type=int, metavar="N", help="detr's and DINO's: noisy copies of the objects that training adds to the queries (default 40, larger DINOs 100; 0: none)")
-    model.add_argument("--decoder-layers", type=int, metavar="N", help="(default 3, with ecvit-nano 2; meta: 6)")
-    budget = parser.add_argument_group("budget (the first that is used up ends the run; the schedule follows it)")
-    budget.add_argument("--epochs", type=int, metavar="N")
-    budget.add_argument("--steps", type=int, metavar="N")
-    budget.add_argument("--minutes", type=float, metavar="M", help="minutes of training; evaluation is not counted")
-    optimisation = parser.add_argument_group("optimisation")
-    optimisation.add_argument("--batch-size", type=int, metavar="B", help="pictures a step (default 16; 8 below 1,000 pictures)")
-    optimisation.add_argument("--accumulate", type=int, metavar="N", help="batches whose gradients are added up for a step (default 1)")
-    optimisation.add_argument("--device-batch", type=int, metavar="N", help="most pictures at a time on a device; the rest of its part of the batch is accumulated, which takes less memory (default: all; meta: 2)")
-    optimisation.add_argument("--optimizer", choices=["muon", "adamw"], help="muon: for the matrices of all that starts from random weights, AdamW for the rest (default; meta: adamw)")
-    optimisation.add_argument("--lr", type=float, help="learning rate (default, for a batch of 16: 8e-4 from scratch, 4e-4 otherwise; for others by the square root)")
-    optimisation.add_argument("--backbone-lr", type=float, help="the backbone's (default: lr from scratch, lr/10 otherwise)")
-    optimisation.add_argument("--layer-decay", type=float, metavar="X", help="a backbone block's learning rate relative to the next one's (default 1)")
-    optimisation.add_argument("--weight-decay", type=float, metavar="X", help="AdamW's, not on norms and biases (default 1e-4)")
-    optimisation.add_argument("--clip", type=float, metavar="X", help="longest gradient (default 1; meta: 0.1; 0: none)")
-    optimisation.add_argument("--no-ema", dest="ema", action="store_false", help="evaluate and keep the last weights, not their running average")
-    optimisation.add_argument("--precision", choices=["auto", *PRECISIONS], help="auto: bfloat16 where the device is fast at it, float16 on GPUs that are fast at that alone")
-    optimisation.add_argument("--seed", type=int, metavar="N")
-    out = parser.add_argument_group("run")
-    out.add_argument("--out", metavar="RUN", help="folder of the run (default: runs/ and the data's name)")
-    out.add_argument("--eval-every", type=int, metavar="N", help="epochs between evaluations (default 0: as often as a tenth of the time allows)")
-    out.add_argument("--save-every", type=float, metavar="SECONDS", help="seconds between writings of last.pth, what --resume goes on from (default 60; it is written at the end and when the run is stopped, too)")
-    out.add_argument("--keep-every", type=int, metavar="N", help="also keep a checkpoint every N epochs (default 0: none; meta: 50)")
-    out.add_argument("--patience", type=int, metavar="N", help="end after N epochs without a better AP (default: never)")
-    out.add_argument("--tensorboard", action="store_true", help="also log for TensorBoard, into the run's folder")
-    out.add_argument("--offline", action=Offline)
-    out.add_argument("--resume", metavar="RUN", help="go on with this run, with its own settings")
+    """-> the command line of train.py. Only what is given is in its result."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=formatter, argument_default=argparse.SUPPRESS
+    )
+    groups = {name: parser.add_argument_group(title) for name, title in GROUPS.items()}
+    for f in fields(Settings):
+        if not f.metadata:
+            continue
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
+        groups[f.metadata["group"]].add_argument(option(f.name), **kind, **f.metadata["options"])
+    groups["run"].add_argument("--offline", action=Offline)
+    groups["run"].add_argument("--version", action="version", version=VERSION)
+    groups["run"].add_argument("--resume", metavar="RUN", help="continue this run, with its own settings")
     return parser
+
+
+def option(name):
+    return "--" + name.replace("_", "-")
 
 
 def parse_arguments(description):
@@ -172,118 +356,153 @@ def parse_arguments(description):
     given = vars(build_parser(description).parse_args())
     resume = given.pop("resume", None)
     if resume is not None and given:
-        extra = ", ".join("--" + key.replace("_", "-") for key in given)
-        raise UserError(f"--resume goes on with the run's own settings; leave out {extra}")
+        raise UserError(f"--resume continues with the run's own settings; leave out {', '.join(map(option, given))}")
     return given, resume
 
 
-def settle(given, train, initial=None):
-    """Settings with every None decided from the data, the device and the checkpoint to start from -> dict. Prints what was chosen.
+# What is chosen
 
-    initial: the config of that checkpoint.
+
+def resolve_settings(given, train, initial=None):
+    """Decides every setting, from the data, the device and the checkpoint to start from -> Settings. Prints choices.
+
+    given: those of the command line; train: the training Split; initial: the config of the checkpoint to start from.
+    Raises UserError.
     """
-    demo, pictures = given.get("data") is None, len(train.records)
-    given_by_user, given = given, dict(given)
-    if initial:
-        decided = (*ARCHITECTURE, *["num_queries"] * (initial["detector"] in QUERIES_ARE_WEIGHTS))
-        for key in given.keys() & {*decided, "backbone_weights"}:
-            if key == "backbone_weights" or initial.get(key) != given[key]:
-                raise UserError(f"--{key.replace('_', '-')} {given[key]}: the architecture and its weights are those of --init {given['init']}; leave it out")
-        given |= {key: initial[key] for key in decided if initial.get(key) is not None}
-        if "num_queries" not in given:
-            given["num_queries"] = max(enough_queries(train), initial["num_queries"])
-        given.setdefault("image_size", initial["image_size"])
-        given.setdefault("square", initial.get("square", False))
-        given["backbone_weights"] = "none"  # they come with the rest
-    recipe = given.get("recipe")
-    ecdet = "ecdet" in (given.get("detector"), recipe)
-    backbone = given.get("backbone") or (SIZES[given["size"]]["backbone"] if "size" in given else "ecvit-nano" if demo else "ecvitt")
-    spec = find_spec(backbone)
-    weights = given.get("backbone_weights") or ("pretrained" if spec.source else "none")
-    scratch = weights == "none" and not initial
-    recipe = recipe or ("ecdet" if ecdet and not scratch else "default")
-    s = DEFAULTS | RECIPES[recipe] | given
-    s |= {"backbone": backbone, "backbone_weights": weights}
-    for key in ("batch_size", "accumulate", "device_batch", "image_size", "num_queries", "decoder_layers", "patch_size", "epochs", "steps", "minutes", "patience"):
-        if s[key] is not None and s[key] <= 0:
-            raise UserError(f"--{key.replace('_', '-')} has to be more than 0, not {s[key]}")
-    if (s["copies"] or 0) < 0:
-        raise UserError(f"--copies has to be 0 or more, not {s['copies']}")
-    if not 0 <= s["distinct"] < 1:
-        raise UserError(f"--distinct is an IoU under 1, or 0, not {s['distinct']}")
-    refuse_ignored(s, given_by_user, spec, train.layout)
-    nano = backbone == "ecvit-nano"
-    batch = lambda: s["batch_size"] * s["accumulate"]
-    chosen = {}
-    if given.get("mosaic"):
-        s["plain_passes"] = 0  # mosaics begin with the run
-
-    def choose(key, value):
-        if s[key] is None:
-            s[key] = chosen[key] = value
-
-    if s["detector"] == "ecdet":
-        choose("size", next((size for size, parts in SIZES.items() if parts["backbone"] == backbone), "m"))
-        choose("decoder_layers", SIZES[s["size"]]["layers"])
-    else:
-        choose("hidden_dim", 128 if nano else 256)
-        choose("num_heads", s["hidden_dim"] // 32)
-        choose("ffn_dim", 4 * s["hidden_dim"])
-        choose("decoder_layers", 2 if nano else 6 if s["detector"] == "dino" else 3)
-    if s["detector"] == "dino":
-        choose("encoder_layers", 1 if nano else 6)
-        choose("copies", 40 if nano else 100)
-    if s["detector"] == "detr":
-        choose("copies", 0 if initial else 40)
-    choose("image_size", 128 if demo else choose_image_size(train, 224 if nano else 640))
-    published = s["augment"] == "strong" and pictures >= 50000  # as many pictures as the recipe was made for, or nearly
-    of_ecdet = ECDET[s["size"] or "s"]
-    if recipe == "ecdet":
-        choose("mosaic", round(of_ecdet["mixed"] / of_ecdet["epochs"], 4))
-        choose("mosaic_chance", of_ecdet["chance"])
-        choose("plain_end", round(1 - of_ecdet["plain_from"] / of_ecdet["epochs"], 4))
-        choose("weight_decay", of_ecdet["weight_decay"])
-    choose("batch_size", 32 if published else 8 if pictures < 1000 else 16)
-    choose("num_queries", 900 if s["detector"] == "dino" and not nano else max(enough_queries(train), 300 if recipe == "ecdet" else 0))
-    if s["epochs"] is s["steps"] is s["minutes"] is None:
-        chosen["epochs"] = s["epochs"] = 40 if demo else of_ecdet["epochs"] if published else 100 if pictures < 5000 else 50 if pictures < 20000 else 24
-        if demo:
-            chosen["minutes"] = s["minutes"] = 4.5
-    if s["schedule"] == "flat-cosine" and s["detector"] == "ecdet":
-        scale = math.sqrt(batch() / 32) * (0.5 if initial else 1.0)  # a released file ended with half of the learning rate
-        lr, backbone_lr = (round(scale * of_ecdet[key], 8) for key in ("lr", "backbone_lr"))
-    else:
-        lr = round((8e-4 if scratch else 4e-4) * math.sqrt(batch() / 16), 6)
-        backbone_lr = (s["lr"] or lr) / 10
-    if scratch:  # random weights are neither worth keeping nor in danger
-        s["freeze_backbone"] = given.get("freeze_backbone", 0)
-        s["backbone_lr"] = given.get("backbone_lr")
-        backbone_lr = s["lr"] or lr
-    choose("lr", lr)
-    choose("backbone_lr", backbone_lr)
-    if initial:
-        s["optimizer"] = "adamw"  # Muon's steps are for weights that still have to be found
-    fit_to_budget(s, chosen, pictures, batch())
-    quick = s["image_size"] < 320 and choose_device().type != "cuda"  # preparing a picture is nothing beside a step
-    choose("workers", 0 if quick else min(4, os.cpu_count()))
-    choose("out", next_free(Path("runs") / ("demo" if demo else Path(s["data"]).resolve().name)))
-    s["data"] = str(s["data"] or "data/demo")
-    try:
-        s["freeze_backbone"] = s["freeze_backbone"] if s["freeze_backbone"] == "all" else float(s["freeze_backbone"])
-    except ValueError:
-        raise UserError(f"--freeze-backbone takes a number of epochs or all, not {s['freeze_backbone']}") from None
-    asked, s["precision"] = s["precision"], choose_precision(s["precision"], choose_device())
-    if s["shard"] and s["precision"] == "float16":  # PyTorch's scaler doesn't look into the other processes' parts
-        if asked == "float16":
-            raise UserError("--precision float16 does not go with --shard; use bfloat16 or float32")
-        s["precision"] = "float32"
-    if asked == "auto":
-        chosen["precision"] = s["precision"]
-    s["num_classes"] = len(train.classes)
+    s = start_settings(given | (architecture_of(initial, given, train) if initial else {}), initial)
+    check_values(s)
+    refuse_ignored(s, given, train.layout)
+    before = dict(vars(s))
+    resolve_model(s, train, initial)
+    resolve_data(s, train)
+    resolve_budget(s, train)
+    resolve_optim(s, given, initial)
+    resolve_run(s)
+    chosen = {key: value for key, value in vars(s).items() if value != before[key]}
+    s.data, s.num_classes = str(s.data or "data/demo"), len(train.classes)
     print("chosen: " + ", ".join(f"{key}={value}" for key, value in chosen.items()))
-    if train.most_objects > s["num_queries"] and s["detector"] != "ssd":
-        print(f"warning: a picture has {train.most_objects} objects, more than the {s['num_queries']} queries; the rest can't be found")
+    if train.most_objects > s.num_queries and s.detector != "ssd":
+        print(
+            f"warning: an image has {train.most_objects} objects, more than the {s.num_queries} queries; "
+            "the rest can't be found"
+        )
     return s
+
+
+def architecture_of(initial, given, train):
+    """What the checkpoint to start from decides. Raises UserError where an option says something else."""
+    decided = [*ARCHITECTURE, *(["num_queries"] if initial["detector"] in QUERIES_ARE_WEIGHTS else [])]
+    for key in given:
+        if key == "backbone_weights" or (key in decided and initial.get(key) != given[key]):
+            raise UserError(
+                f"{option(key)} {given[key]}: the architecture and its weights are those of --init {given['init']}; "
+                "leave it out"
+            )
+    settings = {key: initial[key] for key in decided if initial.get(key) is not None}
+    if "num_queries" not in settings | given:
+        settings["num_queries"] = max(enough_queries(train), initial["num_queries"])
+    settings["image_size"] = given.get("image_size", initial["image_size"])
+    settings["square"] = given.get("square", initial.get("square", False))
+    return settings | {"backbone_weights": "none"}  # they come with the rest
+
+
+def start_settings(given, initial):
+    """The backbone, its weights and the recipe, which other settings depend on -> Settings with the recipe's values."""
+    backbone = given.get("backbone")
+    if backbone is None:
+        smallest = "ecvit-nano" if given.get("data") is None else "ecvitt"
+        backbone = SIZES[given["size"]]["backbone"] if "size" in given else smallest
+    weights = given.get("backbone_weights") or ("pretrained" if find_spec(backbone).source else "none")
+    recipe = given.get("recipe")
+    if recipe is None:
+        starts_trained = weights != "none" or initial
+        recipe = "ecdet" if given.get("detector") == "ecdet" and starts_trained else "default"
+    s = Settings(**RECIPES[recipe] | given | dict(recipe=recipe, backbone=backbone, backbone_weights=weights))
+    if given.get("mosaic"):
+        s.plain_passes = 0  # mosaics begin with the run
+    if weights == "none" and not initial:  # random weights are neither worth keeping nor in danger
+        s.freeze_backbone = given.get("freeze_backbone", 0.0)
+        s.backbone_lr = given.get("backbone_lr")
+    if initial:
+        s.optimizer = "adamw"  # Muon's steps are for weights that still have to be found
+    return s
+
+
+def check_values(s):
+    for key in POSITIVE.split():
+        if getattr(s, key) is not None and getattr(s, key) <= 0:
+            raise UserError(f"{option(key)} has to be more than 0, not {getattr(s, key)}")
+    if (s.num_denoising or 0) < 0:
+        raise UserError(f"--num-denoising has to be 0 or more, not {s.num_denoising}")
+    if not 0 <= s.distinct < 1:
+        raise UserError(f"--distinct has to be an IoU below 1, or 0, not {s.distinct}")
+    try:
+        s.freeze_backbone = s.freeze_backbone if s.freeze_backbone == "all" else float(s.freeze_backbone)
+    except ValueError:
+        raise UserError(f"--freeze-backbone takes a number of epochs or all, not {s.freeze_backbone}") from None
+
+
+def refuse_ignored(s, given, layout):
+    """Raises UserError for an option of the command line that would change nothing."""
+    resampled = s.patch_size not in (None, find_spec(s.backbone).patch) and s.backbone_weights != "none"
+    trained = s.freeze_backbone != "all"
+    no_parts = "a single COCO file holds all images; --val-fraction decides how many are evaluated on"
+    frozen = "--freeze-backbone all leaves the backbone as it is; leave one of them out"
+    of_detr = "is for the default detector, detr"
+    of_dino = "is for a DINO on a pyramid; add --detector dino, leave out --pyramid own"
+    of_transformer = "is for detr, detr-2020 and dino"
+    has_transformer = s.detector in ("detr", "detr-2020", "dino")
+    rules = (  # setting, whether it is used, why it is not
+        ("val_fraction", layout == "json", f"is for a single COCO file; this is {layout} layout, which has parts"),
+        ("train_split", layout != "json", no_parts),
+        ("val_split", layout != "json", no_parts),
+        ("size", s.detector == "ecdet", "is ECDet's; add --detector ecdet"),
+        ("scales", s.detector == "dino" and s.pyramid != "own", of_dino),
+        ("attention", s.detector == "detr", of_detr),
+        ("distinct", s.detector == "detr", of_detr),
+        ("num_denoising", s.detector in ("detr", "dino"), "is for detr and dino; an ECDet's size decides it"),
+        ("decoder_layers", s.detector != "ssd", "an SSD has no decoder; leave it out"),
+        ("encoder_layers", s.detector == "dino", "is DINO's; add --detector dino"),
+        ("dropout", has_transformer, of_transformer),
+        ("hidden_dim", s.detector != "ecdet", "an ECDet's width is that of its size; give --size"),
+        ("num_heads", has_transformer, of_transformer),
+        ("ffn_dim", has_transformer, of_transformer),
+        ("patch_resize", resampled, "is for pretrained weights with a --patch-size that is not their own"),
+        ("optimizer", given.get("optimizer") != "muon" or not s.init, "Muon is for random weights, --init leaves none"),
+        ("backbone_lr", trained, frozen),
+        ("layer_decay", trained, frozen),
+        ("lr_drop", s.schedule == "step", "is for --schedule step"),
+        ("ema_horizon", s.ema, "there is no EMA; leave out --no-ema"),
+        ("mosaic_chance", s.mosaic != 0, "is for --mosaic"),
+    )
+    for key, is_used, why in rules:
+        if key in given and not is_used:
+            raise UserError(f"{option(key)} {given[key]}: {why}")
+
+
+def choose(s, key, value):
+    if getattr(s, key) is None:
+        setattr(s, key, value)
+
+
+def resolve_model(s, train, initial):
+    nano = s.backbone == "ecvit-nano"
+    if s.detector == "ecdet":
+        choose(s, "size", next((size for size, parts in SIZES.items() if parts["backbone"] == s.backbone), "m"))
+        choose(s, "decoder_layers", SIZES[s.size]["layers"])
+    else:
+        choose(s, "hidden_dim", 128 if nano else 256)
+        choose(s, "num_heads", s.hidden_dim // 32)
+        choose(s, "ffn_dim", 4 * s.hidden_dim)
+        choose(s, "decoder_layers", 2 if nano else 6 if s.detector == "dino" else 3)
+    if s.detector == "dino":
+        choose(s, "encoder_layers", 1 if nano else 6)
+        choose(s, "num_denoising", 40 if nano else 100)
+    if s.detector == "detr":
+        choose(s, "num_denoising", 0 if initial else 40)
+    if s.detector == "dino" and not nano:
+        choose(s, "num_queries", 900)
+    choose(s, "num_queries", max(enough_queries(train), 300 if s.recipe == "ecdet" else 0))
 
 
 def enough_queries(train):
@@ -291,51 +510,73 @@ def enough_queries(train):
     return max(100, min(300, 10 * train.most_objects), 2 * train.most_objects)
 
 
-def refuse_ignored(s, given, spec, layout):
-    """Raises UserError for an option of the command line that would change nothing."""
-    resampled = s["patch_size"] not in (None, spec.patch) and s["backbone_weights"] != "none"
-    trained = s["freeze_backbone"] != "all"
-    no_parts = "a single COCO file holds all pictures; --val-fraction decides how many are evaluated on"
-    rules = (
-        ("val_fraction", layout == "json", f"is for a single COCO file; this is {layout} layout, which has parts of its own"),
-        ("train_split", layout != "json", no_parts),
-        ("val_split", layout != "json", no_parts),
-        ("size", s["detector"] == "ecdet", "is ECDet's; add --detector ecdet"),
-        ("scales", s["detector"] == "dino" and s["pyramid"] != "own", "is for a DINO over a pyramid; add --detector dino, leave out --pyramid own"),
-        ("attention", s["detector"] == "detr", "is for the default detector, detr"),
-        ("copies", s["detector"] in ("detr", "dino"), "is for detr and dino; an ECDet's size decides them, the others have none"),
-        ("distinct", s["detector"] == "detr", "is for the default detector, detr"),
-        ("decoder_layers", s["detector"] != "ssd", "an SSD has no decoder; leave it out"),
-        ("patch_resize", resampled, "is for pretrained weights with a --patch-size that is not their own"),
-        ("optimizer", given.get("optimizer") != "muon" or not s["init"], "Muon is for random weights, --init leaves none"),
-        ("backbone_lr", trained, "--freeze-backbone all leaves the backbone as it is; leave one of them out"),
-        ("layer_decay", trained, "--freeze-backbone all leaves the backbone as it is; leave one of them out"),
-    )
-    for key, is_used, why in rules:
-        if key in given and not is_used:
-            raise UserError(f"--{key.replace('_', '-')} {given[key]}: {why}")
-
-
-def fit_to_budget(s, chosen, pictures, batch):
-    """The published recipe's lengths, where the budget is shorter than COCO's epochs: the warm-up takes a twentieth of it at
-    most, a tenth at the end is without augmentation at least."""
-    if s["warmup_steps"] is None:
-        return
-    steps = min(s["steps"] or math.inf, (s["epochs"] or math.inf) * math.ceil(pictures / batch))
-    s["warmup"] = chosen["warmup"] = round(min(0.05, s["warmup_steps"] / steps if math.isfinite(steps) and not s["minutes"] else 0.05), 5)
-    if steps < 100_000 or s["minutes"]:
-        s["plain_end"] = chosen["plain_end"] = 0.1
+def resolve_data(s, train):
+    smallest = 224 if s.backbone == "ecvit-nano" else 640
+    choose(s, "image_size", 128 if s.data is None else choose_image_size(train, smallest))
+    if s.recipe == "ecdet":
+        published = ECDET[s.size or "s"]
+        choose(s, "mosaic", round(published["mixed"] / published["epochs"], 4))
+        choose(s, "mosaic_chance", published["chance"])
+        choose(s, "plain_end", round(1 - published["plain_from"] / published["epochs"], 4))
+    loading_is_cheap = s.image_size < 320 and choose_device().type != "cuda"
+    choose(s, "workers", 0 if loading_is_cheap else min(4, os.cpu_count()))
 
 
 def choose_image_size(split, smallest):
-    """The shortest side at which a small object (the data's 20th percentile) is still 20 pixels wide, within reason."""
+    """The shortest side at which a small object (20th percentile) is still 20 pixels wide, within reason."""
     side = np.median([min(r.width, r.height) for r in split.records])
     relative = [np.sqrt((b[2] - b[0]) * (b[3] - b[1])) / min(r.width, r.height) for r in split.records for b in r.boxes]
-    wanted = 20 / max(float(np.quantile(relative, 0.2)), 1e-3)
-    return int(min(max(wanted, smallest), max(2 * smallest, 640), max(side, smallest)) // 32 * 32)
+    needed = 20 / max(float(np.quantile(relative, 0.2)), 1e-3)
+    return int(min(max(needed, smallest), max(2 * smallest, 640), max(side, smallest)) // 32 * 32)
+
+
+def resolve_budget(s, train):
+    images = len(train.records)
+    large = s.augment == "strong" and images >= 50000  # about as many images as the ecdet recipe was made for
+    choose(s, "batch_size", 32 if large else 8 if images < 1000 else 16)
+    if s.epochs is s.steps is s.minutes is None:
+        if s.data is None:
+            s.epochs, s.minutes = 40, 4.5
+        elif large:
+            s.epochs = ECDET[s.size or "s"]["epochs"]
+        else:
+            s.epochs = 100 if images < 5000 else 50 if images < 20000 else 24
+    if s.warmup_steps is None:
+        return
+    # A budget shorter than COCO's epochs: the warm-up takes at most a twentieth of it, and at least the last tenth is
+    # without augmentation.
+    steps = min(s.steps or math.inf, (s.epochs or math.inf) * math.ceil(images / (s.batch_size * s.accumulate)))
+    known = math.isfinite(steps) and not s.minutes
+    s.warmup = round(min(0.05, s.warmup_steps / steps if known else 0.05), 5)
+    if steps < 100_000 or s.minutes:
+        s.plain_end = 0.1
+
+
+def resolve_optim(s, given, initial):
+    scratch = s.backbone_weights == "none" and not initial
+    batch = s.batch_size * s.accumulate
+    published = ECDET[s.size or "s"]
+    if s.recipe == "ecdet":
+        choose(s, "weight_decay", published["weight_decay"])
+    if s.schedule == "flat-cosine" and s.detector == "ecdet":
+        scale = math.sqrt(batch / 32) * (0.5 if initial else 1.0)  # a released file ended with half the learning rate
+        lr, backbone_lr = (round(scale * published[key], 8) for key in ("lr", "backbone_lr"))
+    else:
+        lr = round((8e-4 if scratch else 4e-4) * math.sqrt(batch / 16), 6)
+        backbone_lr = (s.lr or lr) / 10
+    choose(s, "lr", lr)
+    choose(s, "backbone_lr", s.lr if scratch else backbone_lr)
+    asked, s.precision = s.precision, choose_precision(s.precision, choose_device())
+    if s.shard and s.precision == "float16":  # PyTorch's scaler does not look into the other processes' parts
+        if asked == "float16":
+            raise UserError("--precision float16 does not go with --shard; use bfloat16 or float32")
+        s.precision = "float32"
+
+
+def resolve_run(s):
+    choose(s, "out", next_free(Path("runs") / ("demo" if s.data is None else Path(s.data).resolve().name)))
 
 
 def next_free(path):
     candidates = [path] + [path.with_name(f"{path.name}-{i}") for i in range(2, 1000)]
     return str(next(p for p in candidates if not p.exists()))
-

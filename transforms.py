@@ -1,12 +1,17 @@
-"""Training and evaluation transforms: DETR's (arXiv 2005.12872), on torchvision's v2 transforms and bounding-box type.
+"""From an image's file to the tensor that a network sees: reading, then the transforms of training and evaluation, in
+the style of DETR (arXiv 2005.12872), built on torchvision's v2 transforms.
 
-They take a uint8 RGB tensor (3, H, W) and a target whose `boxes` are a `tv_tensors.BoundingBoxes` in xyxy pixels,
-and give a normalised float tensor and a target with `boxes` cxcywh in [0, 1]; see datasets.py for the other entries.
+Transforms take a uint8 RGB tensor (3, H, W) and a target whose `boxes` are a `tv_tensors.BoundingBoxes` in xyxy pixels.
+They give a normalised float tensor and a target with `boxes` cxcywh in [0, 1]; see datasets.py for the other entries.
 """
 
 import math
+import os
+import warnings
 
+import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torchvision import tv_tensors
 from torchvision.ops import box_convert
 from torchvision.transforms import v2
@@ -14,21 +19,101 @@ from torchvision.transforms.v2 import functional as TF
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which every backbone here was trained with
 SCALE, SHIFT = 1 / (255 * torch.tensor(STD)), -torch.tensor(MEAN) / torch.tensor(STD)
-MEAN_FILL = {tv_tensors.Image: tuple(round(255 * m) for m in MEAN), "others": 0}  # around a turned or shrunken image
+MEAN_FILL = {tv_tensors.Image: tuple(round(255 * m) for m in MEAN), "others": 0}  # around a rotated or shrunken image
 BILINEAR = v2.InterpolationMode.BILINEAR
-PER_BOX = ("labels", "area", "iscrowd")  # of a target, besides its boxes
-SHORT_SIDE, LONG_SIDE = 800, 1333  # what a size setting of 800 means; others scale everything in proportion
+PER_BOX = ("labels", "area", "iscrowd")  # entries of a target with one row per box, besides `boxes`
+SHORT_SIDE, LONG_SIDE = 800, 1333  # of an image at size 800; all lengths scale with the size
+
+
+# Transforms
+
+# Formats are told apart by content, whatever the suffix. PIL knows many more, some of which run other programs.
+SAFE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+Image.init()
+FORMATS = [name for name in SAFE_FORMATS if name in Image.OPEN]
+# An image over both is refused as a decompression bomb. PIL warns at more pixels, and refuses at twice as many as that.
+BOMB_PIXELS, BOMB_PIXELS_PER_BYTE = 2**25, 200
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+
+
+def open_image(path):
+    """-> PIL image, its pixels not yet decoded. Raises OSError, and whatever PIL raises."""
+    if not os.path.exists(path):
+        raise FileNotFoundError("missing")
+    if not os.path.isfile(path):
+        raise OSError("not a regular file")
+    image = Image.open(path, formats=FORMATS)
+    pixels, size = image.width * image.height, os.path.getsize(path)
+    if pixels > BOMB_PIXELS and pixels > BOMB_PIXELS_PER_BYTE * size:
+        image.close()
+        raise OSError(f"{pixels:,} pixels in {size:,} bytes: a decompression bomb")
+    return image
+
+
+def read_image(path, upright=True, detail=None):
+    """Any image file -> RGB PIL image: rotated as its EXIF says, transparency over white, 16 bits scaled to 8.
+
+    upright: False leaves the pixels as they are stored.
+    detail: a JPEG is decoded at a half, a quarter or an eighth of its size if its shortest side keeps `detail` pixels.
+    """
+    with open_image(path) as image:
+        n = reduction(*image.size, detail)
+        image.draft(None, (image.width // n, image.height // n))
+        if upright:
+            ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith(("I", "F")):
+            image = to_8_bits(image)
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image.load()
+        return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def to_8_bits(image):
+    """A PIL image of wide integers or floats -> one of 8 bits, scaled from the range that its values suggest."""
+    values = np.asarray(image, dtype=np.float32)
+    if image.mode == "F":
+        top = max(values.max(), 1)
+    elif values.max() > 255:
+        top = 65535
+    else:
+        top = 255
+    return Image.fromarray((values * (255 / top)).clip(0, 255).astype(np.uint8))
+
+
+def reduction(width, height, detail):
+    """-> 1, 2, 4 or 8, the factor by which both sides may shrink. It divides them, so that boxes stay exact."""
+    if not detail:
+        return 1
+    for n in (8, 4, 2):
+        if min(width, height) // n >= detail and width % n == height % n == 0:
+            return n
+    return 1
+
+
+def upright_size(image):
+    """(width, height) of a PIL image once it is rotated as its EXIF says."""
+    orientation = image.getexif().get(0x0112, 1)
+    return image.size[::-1] if orientation in (5, 6, 7, 8) else image.size
+
+
+# Transforms
 
 
 def resized_sides(height, width, side, longest=math.inf, exact=True):
-    """(height, width) of an image whose shortest side becomes `side`, or less where its longest would be over `longest`;
-    a pixel at least. exact=False truncates both, as earlier versions did: 480 could then become 479."""
+    """(height, width) of an image after its shortest side is resized to `side`; at least one pixel each.
+
+    The shortest side becomes smaller than `side` if the longest would exceed `longest`. exact=False truncates both, as
+    earlier versions did: 480 could then become 479.
+    """
     scale = min(side / min(height, width), longest / max(height, width))
-    return tuple(max(1, round(n * scale) if exact else int(n * scale)) for n in (height, width))
+    to_pixels = round if exact else int
+    return tuple(max(1, to_pixels(n * scale)) for n in (height, width))
 
 
 class ResizeShortest(v2.Transform):
-    """Resizes the shortest side to one of `sides`, drawn anew for each image; see resized_sides."""
+    """Resizes the shortest side to one of `sides`, redrawn for each image; see resized_sides."""
 
     def __init__(self, sides, longest=math.inf, exact=True):
         super().__init__()
@@ -43,13 +128,14 @@ class ResizeShortest(v2.Transform):
 
 
 class RandomSizeCrop(v2.Transform):
-    """Crops a window whose height and width are drawn from [smallest, largest] pixels, each at most the picture's own."""
+    """Crops a window whose sides are drawn from [smallest, largest] pixels, each at most the image's own."""
 
     def __init__(self, smallest, largest):
         super().__init__()
         self.smallest, self.largest = smallest, largest
 
     def window(self, h, w):
+        """Height and width of an image -> those of the window."""
         return tuple(draw_integer(min(self.smallest, n), min(self.largest, n)) for n in (h, w))
 
     def make_params(self, flat_inputs):
@@ -61,40 +147,42 @@ class RandomSizeCrop(v2.Transform):
         window = self._call_kernel(TF.crop, inpt, **params)
         if not isinstance(window, tv_tensors.Image):
             return window
-        # A view would be resized at a third of the speed: torch has a fast path for pixel after pixel only.
+        # Resizing a view is three times as slow: torch's fast path takes contiguous channels-last memory only.
         return tv_tensors.wrap(window.permute(1, 2, 0).contiguous().permute(2, 0, 1), like=window)
 
 
 class RandomZoom(RandomSizeCrop):
-    """Crops a window of the picture's own proportions, a share in [smallest, 1] of its sides."""
+    """Crops a window of the image's own aspect ratio; its sides are a fraction in [smallest, 1] of the image's."""
 
     def __init__(self, smallest):
         super().__init__(smallest, 1.0)
 
     def window(self, h, w):
-        share = self.smallest + (1 - self.smallest) * float(torch.rand(()))
-        return max(1, round(share * h)), max(1, round(share * w))
+        fraction = self.smallest + (1 - self.smallest) * float(torch.rand(()))
+        return max(1, round(fraction * h)), max(1, round(fraction * w))
 
 
 class RandomIoUCrop(v2.RandomIoUCrop):
-    """torchvision's, which divides by zero where an image is a few pixels thin."""
+    """torchvision's, except that it leaves out images a few pixels thin: there torchvision divides by zero."""
 
     def make_params(self, flat_inputs):
-        return super().make_params(flat_inputs) if min(v2.query_size(flat_inputs)) * self.min_scale >= 1 else {}
+        if min(v2.query_size(flat_inputs)) * self.min_scale < 1:
+            return {}
+        return super().make_params(flat_inputs)
 
 
 def draw_integer(low, high):
-    """Uniform in low..high, both included."""
+    """A random integer, uniform in low..high, both included."""
     return int(torch.randint(low, high + 1, ()))
 
 
 class ToDetector(v2.Transform):
-    """Last step: scaled and normalised pixels; boxes of which a pixel or more is inside, as cxcywh in [0, 1]."""
+    """The last step: normalises pixels, drops boxes thinner than a pixel, converts the others to cxcywh in [0, 1]."""
 
     def forward(self, image, target):
-        # Resizing takes a box at the border to 640.00006 of 640 pixels: nothing is dropped for being outside, only clamped.
+        # Resizing takes a box at the border to 640.00006 of 640 pixels, so boxes are clamped, not dropped, for that.
         boxes = torch.as_tensor(TF.clamp_bounding_boxes(target["boxes"]))
-        keep = (boxes[:, 2:] - boxes[:, :2] >= 0.99).all(1)  # a pixel, less what rounding takes
+        keep = (boxes[:, 2:] - boxes[:, :2] >= 0.99).all(1)  # one pixel, with a tolerance for rounding
         target = target | {key: target[key][keep] for key in PER_BOX}
         image = normalized(image)
         h, w = image.shape[-2:]
@@ -103,8 +191,11 @@ class ToDetector(v2.Transform):
 
 
 def normalized(image):
-    """uint8 (3, H, W) -> float32, minus ImageNet's mean, divided by its deviation; in memory pixel after pixel, as decoders and channels-last
-    convolutions have it. Rows of H at once, in place: four times as fast as channel by channel."""
+    """uint8 (3, H, W) -> float32 (3, H, W), minus ImageNet's mean, divided by its standard deviation.
+
+    The memory stays channels-last, as decoders give it and convolutions take it. Whole rows at a time, in place: four
+    times as fast as channel by channel.
+    """
     rows = image.as_subclass(torch.Tensor).permute(1, 2, 0).flatten(1).float()
     w = image.shape[-1]
     scale, shift = SCALE.repeat(w), SHIFT.repeat(w)
@@ -112,9 +203,10 @@ def normalized(image):
 
 
 class PickOne:
-    """(image, target, draw, is_mosaic) -> (image, target), by the transform that draw in [0, 1) picks, or by `plain` where it is None.
+    """(image, target, draw, is_mosaic) -> (image, target), by the transform that `draw` in [0, 1) picks.
 
-    A mosaic goes through its own transforms: it has been scaled already, from images whose shortest sides were `tile` at most.
+    Without a draw or without transforms, by `plain`. Mosaics have transforms of their own, because their images have
+    already been scaled, from shortest sides of at most `tile`.
     """
 
     def __init__(self, plain, transforms=(), for_mosaics=(), tile=math.inf):
@@ -122,14 +214,21 @@ class PickOne:
 
     def __call__(self, image, target, draw=None, is_mosaic=False):
         transforms = self.for_mosaics if is_mosaic else self.transforms
-        transform = transforms[int(draw * len(transforms))] if transforms and draw is not None else self.plain
-        return transform(image, target)
+        if not transforms or draw is None:
+            return self.plain(image, target)
+        return transforms[int(draw * len(transforms))](image, target)
+
+
+# Several images made into one
 
 
 def mosaic(samples, tile=math.inf):
-    """Four (image, target), uint8 and xyxy pixels -> one: set in a square, each resized to the first, whose shortest side counts as
-    `tile` at most, and then turned by up to 10 degrees, shifted by up to 0.1 and scaled by 0.5 to 1.5, as for ECDet. The image's id
-    and size stay the first's."""
+    """Four (image, target), uint8 and xyxy pixels -> one mosaic of two by two images with all their objects (ECDet).
+
+    All are resized to the size of the first, which is shrunk before if its shortest side exceeds `tile`. The mosaic is
+    rotated by up to 10 degrees, shifted by up to 0.1 and scaled by 0.5 to 1.5. It keeps the first image's id and
+    original size.
+    """
     h, w = samples[0][0].shape[-2:]
     h, w = resized_sides(h, w, min(h, w, tile))
     pixels, boxes = [], []
@@ -137,93 +236,135 @@ def mosaic(samples, tile=math.inf):
         image, box = TF.resize(image, [h, w], antialias=True), TF.resize(target["boxes"], [h, w])
         pixels.append(image.as_subclass(torch.Tensor))
         boxes.append(box.as_subclass(torch.Tensor) + torch.tensor([x, y, x, y]))
-    rows = [torch.cat(pixels[i : i + 2], dim=2) for i in (0, 2)]
-    image = tv_tensors.Image(torch.cat(rows, dim=1))
-    target = {**samples[0][1], "boxes": tv_tensors.BoundingBoxes(torch.cat(boxes), format="XYXY", canvas_size=(2 * h, 2 * w))}
+    top, bottom = torch.cat(pixels[:2], dim=2), torch.cat(pixels[2:], dim=2)
+    image = tv_tensors.Image(torch.cat([top, bottom], dim=1))
+    target = dict(samples[0][1])
+    target["boxes"] = tv_tensors.BoundingBoxes(torch.cat(boxes), format="XYXY", canvas_size=(2 * h, 2 * w))
     for key in PER_BOX:
         target[key] = torch.cat([t[key] for _, t in samples])
-    return v2.RandomAffine(10, translate=(0.1, 0.1), scale=(0.5, 1.5), interpolation=BILINEAR, fill=MEAN_FILL)(image, target)
+    move = v2.RandomAffine(10, translate=(0.1, 0.1), scale=(0.5, 1.5), interpolation=BILINEAR, fill=MEAN_FILL)
+    return move(image, target)
 
 
 def mix_up(samples, share):
-    """[(image, target)] of one size, ready for a detector -> each faded into its neighbour, `share` of its own, with the boxes
-    of both (arXiv 1710.09412). Pictures whose neighbour has another size, or that have none, stay as they are."""
+    """[(image, target)], ready for a detector -> each blended with its neighbour (mixup, arXiv 1710.09412).
+
+    A blend has the fraction `share` of its own image, and the boxes of both. An image whose neighbour has another size,
+    or that has none, stays as it is.
+    """
     if len(samples) < 2:
         return samples
     mixed = []
-    for (image, target), (other, more) in zip(samples, samples[-1:] + samples[:-1]):
-        if image.shape == other.shape:
-            image = share * image + (1 - share) * other
-            target = {**target, **{key: torch.cat([target[key], more[key]]) for key in ("boxes", *PER_BOX)}}
+    for (image, target), (other_image, other_target) in zip(samples, samples[-1:] + samples[:-1]):
+        if image.shape == other_image.shape:
+            image = share * image + (1 - share) * other_image
+            target = target | {key: torch.cat([target[key], other_target[key]]) for key in ("boxes", *PER_BOX)}
         mixed.append((image, target))
     return mixed
 
 
+# The transforms of training and evaluation
+
+
 def train_transforms(size=SHORT_SIDE, kind="zoom", color_jitter=0.0, rotate=0.0, square=False):
-    """-> PickOne for training. Lengths are in proportion to `size`, which stands for 800.
+    """-> PickOne for training.
 
-    "meta" is DETR's own: a flip; then the shortest side drawn from 480..800, or first a window of any proportions cut out.
-    "zoom" is the default: a flip; in half of the cases a window of the picture's own proportions; then the shortest side
-    that `draw` picks from the multiples of 32 in 480..800. `draw` is the same for a whole batch and batches are padded to
-    multiples of 32, so that hardly any padding is computed. "strong" is ECDet's: a flip, changed colours, the picture made
-    smaller or a window cut out (SSD's, arXiv 1512.02325); then a side that `draw` picks from the multiples of 32 in 0.75..1.25
-    of `size`. Where `draw` is None: a flip, the whole picture, at `size`. square: pictures lose their proportions.
+    kind: "meta" is DETR's augmentation, "zoom" the default one, "strong" ECDet's; see meta_steps, zoom_steps and
+    strong_steps. All of them flip images horizontally; rotate: by up to so many degrees; color_jitter: the strength, 0
+    for none. Without a draw, the whole image is shown at `size`. square: images are resized to squares, whatever their
+    aspect ratio.
     """
-
-    def scaled(n):
-        return max(16, round(n * size / SHORT_SIDE))
-
-    longest = longest_side(size)
-    before = [v2.RandomRotation(rotate, interpolation=BILINEAR, fill=MEAN_FILL)] if rotate else []
-    before.append(v2.RandomHorizontalFlip())
-    after = [ToDetector()]
+    before, after = [v2.RandomHorizontalFlip()], [ToDetector()]
+    if rotate:
+        before.insert(0, v2.RandomRotation(rotate, interpolation=BILINEAR, fill=MEAN_FILL))
     if color_jitter:
         after.insert(0, v2.ColorJitter(color_jitter, color_jitter, color_jitter, min(color_jitter / 4, 0.5)))
-    plain = v2.Compose([*before, resize_to([size], longest, square), *after])
-    if kind == "meta":
-        resize = resize_to([scaled(n) for n in range(480, 801, 32)], longest, square)
-        zoom = ResizeShortest([scaled(n) for n in (400, 500, 600)], 10 * longest)  # a line of pixels is not to fill the memory
-        window = v2.Compose([zoom, RandomSizeCrop(scaled(384), scaled(600)), resize])
-        return PickOne(
-            plain,
-            [v2.Compose([*before, v2.RandomChoice([resize, window]), *after])],
-            [v2.Compose([*before, resize, *after])],
-            size,
-        )
-    if kind == "strong":
-        smaller = v2.RandomZoomOut(fill=MEAN_FILL, side_range=(1.0, 4.0))
-        before.append(v2.RandomPhotometricDistort(p=0.5))
-        window = [smaller, v2.RandomApply([RandomIoUCrop()], p=0.8)]  # ToDetector drops the boxes that it marks
-        sides = range(-(-size * 3 // 4 // 32) * 32, size * 5 // 4 + 1, 32)
-    else:
-        window = [v2.RandomApply([RandomZoom(0.5)], p=0.5)]
-        sides = sorted({min(n, size) for n in range(32, size + 32, 32) if n >= scaled(480)})
 
-    def varied(window):
-        return [
-            v2.Compose([*before, *window, resize_to([side], longest * side // size, square), *after]) for side in sides
-        ]
+    def compose(steps):
+        return v2.Compose([*before, *steps, *after])
 
-    return PickOne(plain, varied(window), varied([]), size)  # a larger tile would only be shrunk again
+    plain = compose([resize_to([size], longest_side(size), square)])
+    for_images, for_mosaics = AUGMENTATIONS[kind](size, square)
+    # A larger tile than `size` would only be shrunk again.
+    return PickOne(plain, [compose(steps) for steps in for_images], [compose(steps) for steps in for_mosaics], size)
+
+
+def meta_steps(size, square):
+    """DETR's augmentation, of images and of mosaics: each a list of alternatives, an alternative a list of transforms.
+
+    The shortest side is drawn from 480..800, or a window of any aspect ratio is cropped first; lengths for size 800.
+    """
+    longest = longest_side(size)
+    resize = resize_to([scaled(n, size) for n in range(480, 801, 32)], longest, square)
+    # The limit keeps an image one pixel wide from filling the memory.
+    enlarge = ResizeShortest([scaled(n, size) for n in (400, 500, 600)], 10 * longest)
+    crop = v2.Compose([enlarge, RandomSizeCrop(scaled(384, size), scaled(600, size)), resize])
+    return [[v2.RandomChoice([resize, crop])]], [[resize]]
+
+
+def zoom_steps(size, square):
+    """The default augmentation; see meta_steps.
+
+    Half of the images are cropped to a window of their own aspect ratio. The draw picks the shortest side from the
+    multiples of 32 in 480..800, for size 800. A whole batch shares its draw and is padded to multiples of 32, so that
+    hardly any padding is computed.
+    """
+    sides = sorted({min(n, size) for n in range(32, size + 32, 32) if n >= scaled(480, size)})
+    zoom = v2.RandomApply([RandomZoom(0.5)], p=0.5)
+    return at_each_side([zoom], sides, size, square), at_each_side([], sides, size, square)
+
+
+def strong_steps(size, square):
+    """ECDet's augmentation; see meta_steps.
+
+    Colours are distorted, images are shrunk and cropped to a window (SSD, arXiv 1512.02325). The draw picks the
+    shortest side from the multiples of 32 in 0.75..1.25 of `size`.
+    """
+    sides = range(32 * math.ceil(size * 3 / 4 / 32), size * 5 // 4 + 1, 32)
+    distort = v2.RandomPhotometricDistort(p=0.5)
+    shrink = v2.RandomZoomOut(fill=MEAN_FILL, side_range=(1.0, 4.0))
+    crop = v2.RandomApply([RandomIoUCrop()], p=0.8)  # sets boxes outside to zero, ToDetector drops them
+    return at_each_side([distort, shrink, crop], sides, size, square), at_each_side([distort], sides, size, square)
+
+
+AUGMENTATIONS = {"meta": meta_steps, "zoom": zoom_steps, "strong": strong_steps}
 
 
 def detail_needed(size, kind):
-    """How many pixels of a picture's shortest side train_transforms can show: all of it at `size`, a half or a quarter of it."""
+    """The largest shortest side, in pixels, of which train_transforms can show the full detail.
+
+    That is `size` where the whole image is shown; windows are as small as a half or a quarter of the image.
+    """
     return {"meta": 1, "zoom": 2, "strong": 4}[kind] * size
 
 
+def at_each_side(steps, sides, size, square):
+    """For each of `sides` a list of transforms: the steps, then a resize to that side."""
+    longest = longest_side(size)
+    return [[*steps, resize_to([side], longest * side // size, square)] for side in sides]
+
+
 def resize_to(sides, longest, square, exact=True):
-    """The shortest side becomes one of `sides`, drawn anew for each image, the longest at most `longest`; or both become it."""
+    """A transform that resizes the shortest side to one of `sides`, redrawn for each image, the longest to `longest` at
+    most; square: both to one of `sides`."""
     if not square:
         return ResizeShortest(sides, longest, exact)
     return v2.RandomChoice([v2.Resize([side, side], antialias=True) for side in sides])
 
 
 def eval_transforms(size=SHORT_SIDE, square=False, exact=True):
-    """The shortest side `size`, the longest 1333/800 of it at most; or both `size`. exact: see resized_sides."""
+    """-> PickOne that resizes the shortest side to `size`, the longest to 1333/800 of it at most.
+
+    square: it resizes both to `size`. exact: see resized_sides.
+    """
     return PickOne(v2.Compose([resize_to([size], longest_side(size), square, exact), ToDetector()]))
 
 
 def longest_side(size):
-    """What the longest side is at most where the shortest is `size`."""
+    """The limit of the longest side where the shortest is `size`."""
     return round(size * LONG_SIDE / SHORT_SIDE)
+
+
+def scaled(length, size):
+    """A length for size 800 -> the same for `size`; at least 16."""
+    return max(16, round(length * size / SHORT_SIDE))

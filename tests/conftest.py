@@ -9,12 +9,14 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 
 def reference_weight(key, shape):
-    """A weight drawn from a generator seeded by its key, as the reference implementations of tests/parity were filled."""
-    values = np.random.Generator(np.random.PCG64(zlib.crc32(key.encode()))).standard_normal(tuple(shape)).astype(np.float32)
+    """A weight from a generator seeded by its key, as the reference implementations of tests/parity were filled."""
+    values = (
+        np.random.Generator(np.random.PCG64(zlib.crc32(key.encode()))).standard_normal(tuple(shape)).astype(np.float32)
+    )
     if key.endswith("running_var"):
         values = 0.5 + np.abs(values)
     elif key.endswith("running_mean"):
@@ -42,20 +44,34 @@ def reference_state(name):
 
 
 def write_coco(root, splits, category_ids=(1, 2), size=(64, 48), annotations_folder=True):
-    """A COCO data set of rectangles on grey: splits {name: pictures}. Two boxes a picture, one of each of the first categories."""
+    """A COCO dataset of rectangles on grey: splits {name: number of images}.
+
+    An image has two boxes, one of each of the first categories.
+    """
     categories = [{"id": c, "name": f"kind {c}"} for c in category_ids]
     for number, (name, count) in enumerate(splits.items()):
         rng = np.random.default_rng(number)
         (root / name).mkdir(parents=True)
         images, annotations = [], []
         for i in range(count):
-            picture = np.full((size[1], size[0], 3), 128, dtype=np.uint8) + rng.integers(0, 20, (size[1], size[0], 3), dtype=np.uint8)
+            picture = np.full((size[1], size[0], 3), 128, dtype=np.uint8) + rng.integers(
+                0, 20, (size[1], size[0], 3), dtype=np.uint8
+            )
             for k in range(2):
                 w, h = rng.integers(10, 22, 2)
                 x = int(rng.integers(0, size[0] // 2 - w + 1) + k * size[0] // 2)
                 y = int(rng.integers(0, size[1] - h + 1))
                 picture[y : y + h, x : x + w] = (250, 30, 30) if k == 0 else (30, 30, 250)
-                annotations.append({"id": len(annotations) + 1, "image_id": i + 10, "category_id": category_ids[k], "bbox": [x, y, int(w), int(h)], "area": int(w * h), "iscrowd": 0})  # fmt: skip
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1,
+                        "image_id": i + 10,
+                        "category_id": category_ids[k],
+                        "bbox": [x, y, int(w), int(h)],
+                        "area": int(w * h),
+                        "iscrowd": 0,
+                    }
+                )
             Image.fromarray(picture).save(root / name / f"{i:03d}.png")
             images.append({"id": i + 10, "file_name": f"{i:03d}.png", "width": size[0], "height": size[1]})
         path = root / "annotations" / f"instances_{name}.json" if annotations_folder else root / name / "labels.json"

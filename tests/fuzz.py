@@ -3,9 +3,9 @@
     python tests/fuzz.py --cases 20000          about a minute a thousand
     python tests/fuzz.py --seed 1234 --cases 1  one case again, with its traceback
 
-A case is a small data set (COCO, VOC, YOLO) with one to three of its files damaged. It has to be read, every box finite and inside its
-picture and every picture of its size, or refused in one line that names the file; within 5 seconds and 1 GB. What changes nothing
-(line ends, byte order marks, wrong extensions) has to be read as it was.
+A case is a small dataset (COCO, VOC, YOLO) with one to three of its files damaged. It has to be read, every box finite
+and inside its image and every image of its size, or refused in one line that names the file; within 5 seconds and 1 GB.
+What changes nothing (line ends, byte order marks, wrong extensions) has to be read as it was.
 """
 
 import argparse
@@ -35,7 +35,24 @@ from layouts import load_splits
 
 SECONDS, BYTES = 5, 2**30
 NUMBERS = [0, -1, 1, 1e308, -1e308, float("nan"), float("inf"), 10**400, 2**63, 0.5, 1e-320, -0.0]
-WORDS = ["", "x", "..", "../../../etc/passwd", "/etc/passwd", "a\nb.png", "\0", "😀" * 50, "a" * 100_000, "NaN", "1e999", "0x10", "-", "null", "%s%n", "CON"]
+WORDS = [
+    "",
+    "x",
+    "..",
+    "../../../etc/passwd",
+    "/etc/passwd",
+    "a\nb.png",
+    "\0",
+    "😀" * 50,
+    "a" * 100_000,
+    "NaN",
+    "1e999",
+    "0x10",
+    "-",
+    "null",
+    "%s%n",
+    "CON",
+]
 OTHERS = [None, True, [], {}, [[]], {"id": 1}, [1, 2], [None] * 4]
 
 
@@ -54,10 +71,22 @@ def make(layout, rng):
         for part, names in pictures.items():
             images = [{"id": i + 1, "file_name": f"{n}.png", "width": 24, "height": 20} for i, n in enumerate(names)]
             rows = [
-                {"id": 2 * i + k + 1, "image_id": i + 1, "category_id": 5 + k, "bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1), "iscrowd": 0}
-                for i in range(len(names)) for k, (x1, y1, x2, y2) in enumerate(boxes)
-            ]  # fmt: skip
-            content = {"images": images, "annotations": rows, "categories": [{"id": 5, "name": "cat"}, {"id": 6, "name": "dog"}]}
+                {
+                    "id": 2 * i + k + 1,
+                    "image_id": i + 1,
+                    "category_id": 5 + k,
+                    "bbox": [x1, y1, x2 - x1, y2 - y1],
+                    "area": (x2 - x1) * (y2 - y1),
+                    "iscrowd": 0,
+                }
+                for i in range(len(names))
+                for k, (x1, y1, x2, y2) in enumerate(boxes)
+            ]
+            content = {
+                "images": images,
+                "annotations": rows,
+                "categories": [{"id": 5, "name": "cat"}, {"id": 6, "name": "dog"}],
+            }
             files[f"annotations/instances_{part}.json"] = json.dumps(content).encode()
             files |= {f"{part}/{n}.png": picture_bytes(rng) for n in names}
     elif layout == "voc":
@@ -65,17 +94,24 @@ def make(layout, rng):
             files[f"ImageSets/Main/{part}.txt"] = "".join(f"{n}\n" for n in names).encode()
             for n in names:
                 objects = "".join(
-                    f"<object><name>{kind}</name><difficult>0</difficult><bndbox><xmin>{x1 + 1}</xmin><ymin>{y1 + 1}</ymin><xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox></object>"
+                    f"<object><name>{kind}</name><difficult>0</difficult><bndbox><xmin>{x1 + 1}</xmin>"
+                    f"<ymin>{y1 + 1}</ymin><xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox></object>"
                     for kind, (x1, y1, x2, y2) in zip(("cat", "dog"), boxes)
                 )
-                files[f"Annotations/{n}.xml"] = f"<annotation><filename>{n}.jpg</filename><size><width>24</width><height>20</height><depth>3</depth></size>{objects}</annotation>".encode()
+                files[f"Annotations/{n}.xml"] = (
+                    f"<annotation><filename>{n}.jpg</filename><size><width>24</width><height>20</height>"
+                    f"<depth>3</depth></size>{objects}</annotation>".encode()
+                )
                 files[f"JPEGImages/{n}.jpg"] = picture_bytes(rng, "JPEG")
     else:
         files["data.yaml"] = b"path: .\ntrain: images/train\nval: images/val\nnames:\n  0: cat\n  1: dog\n"
         for part, names in pictures.items():
             for n in names:
                 files[f"images/{part}/{n}.png"] = picture_bytes(rng)
-                rows = [f"{k} {(x1 + x2) / 48} {(y1 + y2) / 40} {(x2 - x1) / 24} {(y2 - y1) / 20}" for k, (x1, y1, x2, y2) in enumerate(boxes)]
+                rows = [
+                    f"{k} {(x1 + x2) / 48} {(y1 + y2) / 40} {(x2 - x1) / 24} {(y2 - y1) / 20}"
+                    for k, (x1, y1, x2, y2) in enumerate(boxes)
+                ]
                 files[f"labels/{part}/{n}.txt"] = "\n".join(rows).encode()
     return files
 
@@ -164,14 +200,20 @@ def change_json(data, rng):
     return re.sub(r'"DEEP(\d+)"', lambda m: "[" * int(m[1]) + "]" * int(m[1]), text).encode()
 
 
-BOMB = '<?xml version="1.0"?><!DOCTYPE a [<!ENTITY a "aaaaaaaaaa">' + "".join(f'<!ENTITY {b} "{f"&{a};" * 10}">' for a, b in zip("abcdefgh", "bcdefghi")) + "]><annotation>&i;</annotation>"
+BOMB = (
+    '<?xml version="1.0"?><!DOCTYPE a [<!ENTITY a "aaaaaaaaaa">'
+    + "".join(f'<!ENTITY {b} "{f"&{a};" * 10}">' for a, b in zip("abcdefgh", "bcdefghi"))
+    + "]><annotation>&i;</annotation>"
+)
 OUTSIDE = '<?xml version="1.0"?><!DOCTYPE a [<!ENTITY x SYSTEM "file:///etc/passwd">]><annotation><size><width>&x;</width></size></annotation>'
 
 
 def change_xml(data, rng):
     text, action = data.decode(), rng.integers(8)
     if action == 0:
-        return [BOMB, OUTSIDE, "<a>" * 200_000, "<annotation>" + "<part>" * 5000 + "</part>" * 5000 + "</annotation>"][rng.integers(4)].encode()
+        return [BOMB, OUTSIDE, "<a>" * 200_000, "<annotation>" + "<part>" * 5000 + "</part>" * 5000 + "</annotation>"][
+            rng.integers(4)
+        ].encode()
     tags = sorted(set(re.findall(r"<(\w+)>", text)))
     tag = tags[rng.integers(len(tags))]
     if action == 1:
@@ -179,16 +221,37 @@ def change_xml(data, rng):
     if action == 2:
         return re.sub(rf"(<{tag}>.*?</{tag}>)", r"\1\1", text, count=1, flags=re.S).encode()
     value = str(hostile(rng)).replace("&", "&amp;").replace("<", "&lt;").replace("\0", "")
-    return re.sub(rf"<{tag}>[^<]*</{tag}>", lambda _: f"<{tag}>{value}</{tag}>", text, count=int(rng.integers(1, 3))).encode("utf-8", "replace")
+    return re.sub(
+        rf"<{tag}>[^<]*</{tag}>", lambda _: f"<{tag}>{value}</{tag}>", text, count=int(rng.integers(1, 3))
+    ).encode("utf-8", "replace")
 
 
 YAMLS = [
-    "names: &a [x, x, x, x, x, x, x, x, x]\nb: &b [*a, *a, *a, *a, *a, *a, *a, *a, *a]\nc: &c [*b, *b, *b, *b, *b, *b, *b, *b, *b]\nd: &d [*c, *c, *c, *c, *c, *c, *c, *c, *c]\ne: &e [*d, *d, *d, *d, *d, *d, *d, *d, *d]\nf: &f [*e, *e, *e, *e, *e, *e, *e, *e, *e]\ng: &g [*f, *f, *f, *f, *f, *f, *f, *f, *f]\nh: &h [*g, *g, *g, *g, *g, *g, *g, *g, *g]\nnames: [*h]\ntrain: images/train\nval: images/val\n",
+    "names: &a [x, x, x, x, x, x, x, x, x]\n"
+    "b: &b [*a, *a, *a, *a, *a, *a, *a, *a, *a]\n"
+    "c: &c [*b, *b, *b, *b, *b, *b, *b, *b, *b]\n"
+    "d: &d [*c, *c, *c, *c, *c, *c, *c, *c, *c]\n"
+    "e: &e [*d, *d, *d, *d, *d, *d, *d, *d, *d]\n"
+    "f: &f [*e, *e, *e, *e, *e, *e, *e, *e, *e]\n"
+    "g: &g [*f, *f, *f, *f, *f, *f, *f, *f, *f]\n"
+    "h: &h [*g, *g, *g, *g, *g, *g, *g, *g, *g]\n"
+    "names: [*h]\ntrain: images/train\nval: images/val\n",
     "names: !!python/object/apply:os.system ['touch /tmp/sprung']\ntrain: images/train\nval: images/val\n",
-    "names: [cat, dog]\ntrain: /etc\nval: ../../..\n", "names: [cat, dog]\ntrain: [images/train, [images/val]]\nval: {a: 1}\n", "names: [cat]\ntrain: images/train\nval: images/val\n",
-    "names: 3\ntrain: images/train\nval: images/val\n", "names: {a: cat, 1: dog}\ntrain: images/train\nval: images/val\n", "[" * 3000, "[" * 100_000, "a: b: c", "- x", "names: [cat, dog]\ntrain: data.yaml\nval: labels/val/d.txt\n",
-    "names: &n [*n]\ntrain: images/train\nval: images/val\n", "path: /\nnames: [cat, dog]\ntrain: ''\nval: ''\n", "names: [cat, dog]\ntrain: 'images/train\0'\nval: images/val\n", "path: [1]\nnames: [cat, dog]\ntrain: images/train\nval: images/val\n",
-]  # fmt: skip
+    "names: [cat, dog]\ntrain: /etc\nval: ../../..\n",
+    "names: [cat, dog]\ntrain: [images/train, [images/val]]\nval: {a: 1}\n",
+    "names: [cat]\ntrain: images/train\nval: images/val\n",
+    "names: 3\ntrain: images/train\nval: images/val\n",
+    "names: {a: cat, 1: dog}\ntrain: images/train\nval: images/val\n",
+    "[" * 3000,
+    "[" * 100_000,
+    "a: b: c",
+    "- x",
+    "names: [cat, dog]\ntrain: data.yaml\nval: labels/val/d.txt\n",
+    "names: &n [*n]\ntrain: images/train\nval: images/val\n",
+    "path: /\nnames: [cat, dog]\ntrain: ''\nval: ''\n",
+    "names: [cat, dog]\ntrain: 'images/train\0'\nval: images/val\n",
+    "path: [1]\nnames: [cat, dog]\ntrain: images/train\nval: images/val\n",
+]
 
 
 def change_words(data, rng):
@@ -204,16 +267,36 @@ def change_yaml(data, rng):
 
 def header_of(width, height, colour=2, bits=8):
     """A PNG that says it is so large."""
-    chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(b"\0" * 5000)) + chunk(b"IEND", b"")
+
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(b"\0" * 5000))
+        + chunk(b"IEND", b"")
+    )
 
 
 def change_picture(data, rng):
     kind = rng.integers(14)
     if kind == 0:
-        return header_of(*[(60000, 60000), (2**31 - 1, 2**31 - 1), (0, 5), (13000, 13000), (1, 60000), (70000, 1)][rng.integers(6)], colour=int(rng.choice([0, 2, 6])), bits=int(rng.choice([8, 16])))
+        return header_of(
+            *[(60000, 60000), (2**31 - 1, 2**31 - 1), (0, 5), (13000, 13000), (1, 60000), (70000, 1)][rng.integers(6)],
+            colour=int(rng.choice([0, 2, 6])),
+            bits=int(rng.choice([8, 16])),
+        )
     if kind == 1:
-        return [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n(/etc/passwd) (r) file\n", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"%PDF-1.4", b"GIF89a\xff\xff\xff\xff\0\0\0", b"BM" + b"\xff" * 60, b"II*\0\x08\0\0\0\xff\xff", b"RIFF\xff\xff\xff\xffWEBPVP8 "][rng.integers(7)]
+        return [
+            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n(/etc/passwd) (r) file\n",
+            b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+            b"%PDF-1.4",
+            b"GIF89a\xff\xff\xff\xff\0\0\0",
+            b"BM" + b"\xff" * 60,
+            b"II*\0\x08\0\0\0\xff\xff",
+            b"RIFF\xff\xff\xff\xffWEBPVP8 ",
+        ][rng.integers(7)]
     if kind == 2:
         mode = str(rng.choice(["1", "L", "P", "RGBA", "LA"]))
         return picture_bytes(rng, "PNG", mode=mode)
@@ -300,7 +383,9 @@ def write(root, files):
 
 
 def targets_of(splits):
-    return [[(r.width, r.height, r.boxes.round(6).tolist(), r.labels.tolist()) for r in split.records] for split in splits]
+    return [
+        [(r.width, r.height, r.boxes.round(6).tolist(), r.labels.tolist()) for r in split.records] for split in splits
+    ]
 
 
 def read_whole(root, skip):
@@ -312,14 +397,22 @@ def read_whole(root, skip):
             loaded = datasets.DetectionDataset(split, None)
             for i, record in enumerate(split.records):
                 image, target = loaded.load(i)
-                assert image.shape == (3, record.height, record.width), f"{record.path}: {tuple(image.shape)} is not {record.height}x{record.width}"
+                assert image.shape == (3, record.height, record.width), (
+                    f"{record.path}: {tuple(image.shape)} is not {record.height}x{record.width}"
+                )
                 boxes = record.boxes
                 assert np.isfinite(boxes).all() and np.isfinite(record.areas).all() and (record.areas > 0).all()
-                assert (boxes[:, 2:] > boxes[:, :2]).all() and (boxes >= 0).all() and (boxes <= [record.width, record.height] * 2).all()
+                assert (
+                    (boxes[:, 2:] > boxes[:, :2]).all()
+                    and (boxes >= 0).all()
+                    and (boxes <= [record.width, record.height] * 2).all()
+                )
                 assert len(boxes) == len(record.labels) == len(record.areas) == len(record.ignored)
-                assert ((record.labels >= 0) & (record.labels < len(split.classes))).all() and all(isinstance(name, str) for name in split.classes)
+                assert ((record.labels >= 0) & (record.labels < len(split.classes))).all() and all(
+                    isinstance(name, str) for name in split.classes
+                )
                 assert str(root) in str(record.path.resolve()), f"{record.path} is outside"
-        datasets.suspicions(*splits)
+        datasets.find_problems(*splits)
     return splits
 
 
@@ -375,7 +468,10 @@ def main():
         except (Exception, Hang) as error:
             outcomes["failed"] += 1
             where = traceback.extract_tb(error.__traceback__)[-1]
-            failures.append(f"seed {seed}: {type(error).__name__}: {str(error)[:200]} ({Path(where.filename).name}, line {where.lineno})")
+            failures.append(
+                f"seed {seed}: {type(error).__name__}: {str(error)[:200]} "
+                f"({Path(where.filename).name}, line {where.lineno})"
+            )
             if arguments.cases == 1:
                 traceback.print_exc()
         finally:

@@ -11,9 +11,14 @@ from errors import UserError
 # Every 29th value of what public implementations give on these weights (see tests/parity/README.md)
 GOLDEN = np.load(ROOT / "tests" / "parity" / "golden.npz")
 NAMES = {
-    "ecvitt": "ecvitt", "ecvittplus": "ecvittplus", "ecvits": "ecvits", "ecvitsplus": "ecvitsplus",
-    "dinov3-vits16": "dinov3_vits16", "dinov3-convnext-tiny": "dinov3_convnext_tiny", "dinov2-small": "dinov2_vits14",
-}  # fmt: skip
+    "ecvitt": "ecvitt",
+    "ecvittplus": "ecvittplus",
+    "ecvits": "ecvits",
+    "ecvitsplus": "ecvitsplus",
+    "dinov3-vits16": "dinov3_vits16",
+    "dinov3-convnext-tiny": "dinov3_convnext_tiny",
+    "dinov2-small": "dinov2_vits14",
+}
 
 
 def golden_image(name):
@@ -39,7 +44,11 @@ def test_features_agree_with_the_reference_implementation(name, tmp_path):
             middle, last = build_backbone(name, tmp_path / "weights.pth", layers=(5, 11)).eval()(images)
             assert torch.equal(last, maps[0])
             got = {"mid": middle, "last": last}
-    got |= {key: features[key] for key in ("x_norm_clstoken", "x_norm_patchtokens") if key in features and not name.startswith("ecvit")}
+    got |= {
+        key: features[key]
+        for key in ("x_norm_clstoken", "x_norm_patchtokens")
+        if key in features and not name.startswith("ecvit")
+    }
     # transformers resizes DINOv2's position embedding without the original's offset of 0.1
     tolerance = 1e-2 if name == "dinov2-small" else 1e-4
     compared = [key.split("/")[1] for key in GOLDEN.files if key.startswith(f"{file}/")]
@@ -48,22 +57,24 @@ def test_features_agree_with_the_reference_implementation(name, tmp_path):
         assert np.abs(value.flatten()[::29].numpy() - GOLDEN[f"{file}/{key}"]).max() < tolerance, key
 
 
-@pytest.mark.parametrize("name", ["ecvitt", "dinov3-vits16", "dinov2-small-reg", "dinov3-vits16plus", "dinov3-convnext-tiny"])
-@pytest.mark.parametrize("fault", ["missing", "surplus", "shape"])
+@pytest.mark.parametrize(
+    "name", ["ecvitt", "dinov3-vits16", "dinov2-small-reg", "dinov3-vits16plus", "dinov3-convnext-tiny"]
+)
+@pytest.mark.parametrize("fault", ["missing", "unexpected", "shape"])
 def test_a_file_that_does_not_fit_names_the_weight(name, fault, tmp_path):
     file = {"dinov2-small-reg": "dinov2_vits14_reg", "dinov3-vits16plus": "dinov3_vits16plus"}.get(name) or NAMES[name]
     state = reference_state(file)
     key = next(k for k in state if k.endswith(("mlp.fc1.weight", "mlp.w1.weight", "pwconv1.weight")))
     if fault == "missing":
         del state[key]
-    elif fault == "surplus":
+    elif fault == "unexpected":
         state["some.other.weight"] = torch.zeros(3)
     else:
         state[key] = torch.zeros(5, 5)
     torch.save(state, tmp_path / "weights.pth")
     with pytest.raises(UserError, match="not the weights of|some.other.weight") as caught:
         build_backbone(name, tmp_path / "weights.pth")
-    wanted = {"surplus": "some.other.weight", "missing": "1 missing", "shape": "shape"}[fault]
+    wanted = {"unexpected": "some.other.weight", "missing": "1 missing", "shape": "shape"}[fault]
     assert wanted in str(caught.value)
 
 
@@ -145,14 +156,31 @@ def test_any_picture_size_gives_maps_of_the_padded_size(name):
         maps = backbone(torch.zeros(1, 3, 75, 131))
     divisor = backbone.size_divisor
     h, w = -(-75 // divisor) * divisor, -(-131 // divisor) * divisor
-    assert [tuple(m.shape) for m in maps] == [(1, c, h // s, w // s) for c, s in zip(backbone.channels, backbone.strides)]
+    assert [tuple(m.shape) for m in maps] == [
+        (1, c, h // s, w // s) for c, s in zip(backbone.channels, backbone.strides)
+    ]
 
 
 def test_published_parameter_counts():
     """In millions, from the papers and model cards; the 7B model is 4096 wide."""
-    published = {"dinov2-small": 22.1, "dinov2-giant": 1136, "dinov3-vits16": 21.6, "dinov3-vits16plus": 28.7, "dinov3-vitb16": 85.7,
-                 "dinov3-vitl16": 303, "dinov3-vith16plus": 840, "dinov3-vit7b16": 6716, "ecvitt": 5.6, "ecvitsplus": 29.6,
-                 "clip-vitb16": 86.2, "clip-vitl14": 304, "mae-vitb16": 86, "mae-vitl16": 304, "mae-vith14": 632, "vggt-vitl14": 304}  # fmt: skip
+    published = {
+        "dinov2-small": 22.1,
+        "dinov2-giant": 1136,
+        "dinov3-vits16": 21.6,
+        "dinov3-vits16plus": 28.7,
+        "dinov3-vitb16": 85.7,
+        "dinov3-vitl16": 303,
+        "dinov3-vith16plus": 840,
+        "dinov3-vit7b16": 6716,
+        "ecvitt": 5.6,
+        "ecvitsplus": 29.6,
+        "clip-vitb16": 86.2,
+        "clip-vitl14": 304,
+        "mae-vitb16": 86,
+        "mae-vitl16": 304,
+        "mae-vith14": 632,
+        "vggt-vitl14": 304,
+    }
     for name, millions in published.items():
         with torch.device("meta"):
             count = sum(p.numel() for p in build_backbone(name).parameters()) / 1e6
@@ -160,11 +188,14 @@ def test_published_parameter_counts():
     assert BACKBONES["dinov3-vit7b16"].width == 4096
 
 
-@pytest.mark.parametrize("name, others", [
-    ("dinov3-vits16", ("dinov3-vitb16", "dinov2-small", "dinov3-vitl16", "dinov2-small-reg")),
-    ("dinov3-convnext-tiny", ("dinov3-convnext-small", "dinov3-convnext-base", "dinov3-vits16")),
-    ("ecvits", ("ecvitt", "ecvitsplus", "ecvit-nano")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, others",
+    [
+        ("dinov3-vits16", ("dinov3-vitb16", "dinov2-small", "dinov3-vitl16", "dinov2-small-reg")),
+        ("dinov3-convnext-tiny", ("dinov3-convnext-small", "dinov3-convnext-base", "dinov3-vits16")),
+        ("ecvits", ("ecvitt", "ecvitsplus", "ecvit-nano")),
+    ],
+)
 def test_the_table_notices_a_backbone_that_is_not_as_it_says(name, others):
     with torch.device("meta"):
         backbone = build_backbone(name)
@@ -190,5 +221,7 @@ def test_recomputed_activations_give_the_same_gradients(name):
 def test_layer_depths_rise_from_the_embedding_to_the_head():
     depths = parameter_depths(build_backbone("dinov3-vits16"))
     assert {d for n, d in depths.items() if "embeddings" in n} == {0}
-    assert {d for n, d in depths.items() if "layer.0." in n} == {1} and {d for n, d in depths.items() if "layer.11." in n} == {12}
+    assert {d for n, d in depths.items() if "layer.0." in n} == {1} and {
+        d for n, d in depths.items() if "layer.11." in n
+    } == {12}
     assert {d for n, d in depths.items() if n.endswith("model.norm.weight")} == {13}

@@ -1,29 +1,48 @@
-"""Objects that touch the border of their image are trained on: what is visible of them has its box, through every transform."""
+"""Objects that touch the border of their image are trained on: each transform keeps the box of what is visible."""
 
 import pytest
 import torch
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from datasets import Draw, DetectionDataset
+from datasets import DetectionDataset, Draw
 from transforms import MEAN, STD, eval_transforms, mosaic, resized_sides, train_transforms
 
 COLOURS = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255], [255, 255, 0]])
-KNOWN = [(416, 416, 224), (612, 612, 640), (600, 600, 640), (300, 300, 640), (600, 800, 640), (375, 500, 800), (427, 640, 480), (480, 640, 224)]
+KNOWN = [
+    (416, 416, 224),
+    (612, 612, 640),
+    (600, 600, 640),
+    (300, 300, 640),
+    (600, 800, 640),
+    (375, 500, 800),
+    (427, 640, 480),
+    (480, 640, 224),
+]
 
 
 def sample(h, w):
     """A black image with an object at each border and one in the middle, each in a colour of its own."""
     short = min(h, w)
     a, b = short // 3, short // 5
-    boxes = [[0, h // 2, b, h // 2 + b], [w - b, h // 2, w, h // 2 + b], [a, 0, a + b, b], [a, h - b, a + b, h], [w // 2, h // 3, w // 2 + b // 2, h // 3 + b // 2]]
+    boxes = [
+        [0, h // 2, b, h // 2 + b],
+        [w - b, h // 2, w, h // 2 + b],
+        [a, 0, a + b, b],
+        [a, h - b, a + b, h],
+        [w // 2, h // 3, w // 2 + b // 2, h // 3 + b // 2],
+    ]
     image = torch.zeros(3, h, w, dtype=torch.uint8)
     for (x1, y1, x2, y2), colour in zip(boxes, COLOURS):
         image[:, y1:y2, x1:x2] = colour[:, None, None]
     target = {
-        "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(h, w), dtype=torch.float32), "labels": torch.arange(5),
-        "area": torch.ones(5), "iscrowd": torch.zeros(5, dtype=torch.long), "image_id": 0, "orig_size": torch.tensor([h, w]),
-    }  # fmt: skip
+        "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(h, w), dtype=torch.float32),
+        "labels": torch.arange(5),
+        "area": torch.ones(5),
+        "iscrowd": torch.zeros(5, dtype=torch.long),
+        "image_id": 0,
+        "orig_size": torch.tensor([h, w]),
+    }
     return tv_tensors.Image(image), target
 
 
@@ -39,7 +58,10 @@ def seen(image, colour):
 
 def cases(count, seed):
     generator = torch.Generator().manual_seed(seed)
-    draw = lambda low, high: int(torch.randint(low, high + 1, (), generator=generator))
+
+    def draw(low, high):
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
     return KNOWN + [(draw(300, 1000), draw(300, 1000), draw(224, 800)) for _ in range(count)]
 
 
@@ -54,8 +76,10 @@ class Whole(v2.Transform):
 
 
 def check(image, target, allowed=(), loose=0.0):
-    """Boxes are where the pixels are, `loose` pixels larger at most; the labels without one are those `allowed` and those of
-    which less than a pixel is visible."""
+    """Boxes are where the pixels are, `loose` pixels larger at most.
+
+    The labels without one are those `allowed` and those of which less than a pixel is visible.
+    """
     h, w = image.shape[-2:]
     boxes = dict(zip(target["labels"].tolist(), target["boxes"] * torch.tensor([w, h, w, h])))
     for label in range(5):
@@ -87,7 +111,11 @@ def test_an_object_at_the_border_keeps_its_box(kind, square, monkeypatch):
     monkeypatch.setattr(v2, "RandomPhotometricDistort", Whole)
     found = 0
     for seed, (h, w, size) in enumerate(cases(10, 1)):
-        transform = eval_transforms(size, square) if kind == "evaluation" else train_transforms(size, "zoom" if kind == "plain" else kind, square=square)
+        transform = (
+            eval_transforms(size, square)
+            if kind == "evaluation"
+            else train_transforms(size, "zoom" if kind == "plain" else kind, square=square)
+        )
         torch.manual_seed(seed)
         windows.clear()
         image, target = transform(*sample(h, w), None if kind in ("evaluation", "plain") else seed * 0.37 % 1)
@@ -95,7 +123,12 @@ def test_an_object_at_the_border_keeps_its_box(kind, square, monkeypatch):
         for boxes, window in windows:
             if window:  # the rule of RandomIoUCrop: an object whose centre is outside goes
                 x, y = ((boxes[:, :2] + boxes[:, 2:]) / 2).unbind(1)
-                inside = (x > window["left"]) & (x < window["left"] + window["width"]) & (y > window["top"]) & (y < window["top"] + window["height"])
+                inside = (
+                    (x > window["left"])
+                    & (x < window["left"] + window["width"])
+                    & (y > window["top"])
+                    & (y < window["top"] + window["height"])
+                )
                 outside |= set((~inside).nonzero()[:, 0].tolist())
         boxes = check(image, target, outside)
         assert kind not in ("evaluation", "plain") or boxes == 5, (h, w, size)
@@ -107,8 +140,14 @@ def test_an_object_at_the_border_keeps_its_box(kind, square, monkeypatch):
 def test_thin_images_go_through_every_transform(kind):
     for number, (h, w) in enumerate([(1, 1), (2, 300), (300, 1), (3, 3), (5, 900), (900, 7)] * 4):
         torch.manual_seed(number)
-        target = sample(40, 40)[1] | {"boxes": tv_tensors.BoundingBoxes([[0, 0, w, h]] * 5, format="XYXY", canvas_size=(h, w), dtype=torch.float32)}
-        image, target = train_transforms(96, kind)(tv_tensors.Image(torch.zeros(3, h, w, dtype=torch.uint8)), target, None if number < 6 else number / 24)
+        target = sample(40, 40)[1] | {
+            "boxes": tv_tensors.BoundingBoxes(
+                [[0, 0, w, h]] * 5, format="XYXY", canvas_size=(h, w), dtype=torch.float32
+            )
+        }
+        image, target = train_transforms(96, kind)(
+            tv_tensors.Image(torch.zeros(3, h, w, dtype=torch.uint8)), target, None if number < 6 else number / 24
+        )
         assert min(image.shape) >= 1 and image.isfinite().all() and target["boxes"].isfinite().all()
 
 
@@ -116,7 +155,9 @@ def test_a_mosaic_keeps_the_boxes_at_its_inner_borders():
     for seed, (h, w, size) in enumerate(cases(12, 2)):
         torch.manual_seed(seed)
         first = sample(h, w)
-        nothing = {key: first[1][key][:0] for key in ("labels", "area", "iscrowd")} | {"boxes": tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=(h, w))}
+        nothing = {key: first[1][key][:0] for key in ("labels", "area", "iscrowd")} | {
+            "boxes": tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=(h, w))
+        }
         blank = tv_tensors.Image(torch.zeros(3, h, w, dtype=torch.uint8)), first[1] | nothing
         place = seed % 4
         image, target = mosaic([first if i == place else blank for i in range(4)])
@@ -126,7 +167,7 @@ def test_a_mosaic_keeps_the_boxes_at_its_inner_borders():
 
 
 def test_every_image_of_a_batch_has_the_side_that_was_drawn():
-    for seed, (h, w, size) in enumerate(cases(150, 3)):
+    for h, w, size in cases(150, 3):
         for side in (size, 480 * size // 800, 608):
             found = resized_sides(h, w, side, 1333 * side // 800)
             assert min(found) == side or max(found) == 1333 * side // 800, (h, w, side, found)
@@ -143,6 +184,7 @@ def test_every_image_of_a_batch_has_the_side_that_was_drawn():
 def test_a_data_set_keeps_them_too(tmp_path):
     """From files, with everything on the way: the classic export of 416 pixels under the smallest backbone's size."""
     from conftest import write_coco
+
     from layouts import load_splits
 
     root = write_coco(tmp_path, {"train": 4, "val": 1}, size=(416, 416))

@@ -8,31 +8,41 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
+import benchmark
+import compare_patches
+import features
 import pytest
 import torch
 from conftest import ROOT, write_coco
 from PIL import Image
 
-import benchmark
 import check_dims
 import datasets
-import compare_patches
 import evaluate
-import features
 import infer
 import train
 from backbones import BACKBONES, build_backbone
 from detr_model import DETECTORS
-from errors import run
-from settings import build_parser
+from errors import run_script
+from runs import describe_cost
+from settings import Settings, build_parser
 
 SMALL = ["--backbone", "ecvit-nano", "--image-size", "48", "--batch-size", "4", "--num-queries", "10"]
 
 
 def command(script, *arguments, cwd=None, **options):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=240, **options)
+    return subprocess.run(
+        [sys.executable, str(ROOT / script), *map(str, arguments)],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        **options,
+    )
 
 
 def called(main, arguments, monkeypatch, capsys):
@@ -41,7 +51,7 @@ def called(main, arguments, monkeypatch, capsys):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     status = 0
     try:
-        run(main)
+        run_script(main)
     except SystemExit as end:
         status = end.code or 0
     finally:
@@ -63,12 +73,24 @@ def finished_run(tiny_data, tmp_path_factory):
 def test_a_run_leaves_everything_it_promises(finished_run):
     _, folder, process = finished_run
     assert "leaked" not in process.stderr  # what some libraries say of objects that are still there at the end
-    assert {p.name for p in folder.iterdir()} == {"config.json", "log.jsonl", "last.pth", "best.pth", "curves.png", "train_batch.png", "val_samples.png",
-                                                   "precision_recall.png", "confusion.png", "mistakes.png"}  # fmt: skip
+    assert {p.name for p in folder.iterdir()} == {
+        "config.json",
+        "log.jsonl",
+        "last.pth",
+        "best.pth",
+        "curves.png",
+        "train_batch.png",
+        "val_samples.png",
+        "precision_recall.png",
+        "confusion.png",
+        "mistakes.png",
+    }
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2] and rows[-1]["step"] == 6
     assert all("AP" in rows[-1] and row["losses"]["loss_class"] > 0 for row in rows)
-    assert all(f"epoch {i:3d}" in process.stdout + process.stderr for i in (1, 2)) and "python infer.py" in process.stdout
+    assert (
+        all(f"epoch {i:3d}" in process.stdout + process.stderr for i in (1, 2)) and "python infer.py" in process.stdout
+    )
     for name in ("curves.png", "train_batch.png", "val_samples.png"):
         assert Image.open(folder / name).size[0] > 400
     assert json.loads((folder / "config.json").read_text())["num_classes"] == 3
@@ -84,7 +106,7 @@ def test_infer_writes_pictures_and_coco_results(finished_run, tiny_data):
         x, y, w, h = r["bbox"]
         assert 0 <= x <= 64 and 0 <= y <= 48 and x + w <= 64.1 and y + h <= 48.1 and 0 <= r["score"] <= 1
     assert len(list((cwd / "detections").glob("*.jpg"))) == 6  # 4 and 2, of which two names repeat
-    assert "pictures/s" in process.stdout and "best.pth" in process.stdout
+    assert "images/s" in process.stdout and "best.pth" in process.stdout
 
 
 def test_evaluate_gives_the_figures_of_the_run(finished_run, tiny_data):
@@ -95,19 +117,43 @@ def test_evaluate_gives_the_figures_of_the_run(finished_run, tiny_data):
     figures = dict(line.rsplit(maxsplit=1) for line in process.stdout.splitlines())
     best = max(json.loads(line).get("AP", -1) for line in (folder / "log.jsonl").read_text().splitlines())
     assert float(figures["AP"]) == pytest.approx(best, abs=1e-3)
-    assert " are doubles: " in process.stdout and all(f"NMS at IoU {iou}: AP 0." in process.stdout for iou in (0.5, 0.7, 0.9))
+    assert " are duplicates: " in process.stdout and all(
+        f"NMS at IoU {iou}: AP 0." in process.stdout for iou in (0.5, 0.7, 0.9)
+    )
     assert {"AP50", "AR_100", "class/kind 7", "class/kind 300"} <= set(figures) and figures["class/kind 90001"] == "-"
 
 
 @pytest.mark.parametrize("recipe", ["default", "meta", "ecdet"])
 def test_a_stopped_run_ends_with_the_same_weights_as_one_never_stopped(recipe, tiny_data, tmp_path, finished_run):
-    """SIGINT in the middle of an epoch, then --resume: equal to the bit. meta adds dropout and no average, ecdet noisy copies,
-    mosaics and mix-up."""
-    arguments = ["--data", tiny_data, *SMALL, "--recipe", recipe, "--steps", 16, "--accumulate", 2, "--seed", 3, "--freeze-backbone", 2]
+    """SIGINT in the middle of an epoch, then --resume: equal to the bit.
+
+    meta adds dropout and no average, ecdet noisy copies, mosaics and mix-up.
+    """
+    arguments = [
+        "--data",
+        tiny_data,
+        *SMALL,
+        "--recipe",
+        recipe,
+        "--steps",
+        16,
+        "--accumulate",
+        2,
+        "--seed",
+        3,
+        "--freeze-backbone",
+        2,
+    ]
     whole = command("train.py", *arguments, "--out", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, arguments), "--out", str(tmp_path / "stopped")], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *map(str, arguments), "--out", str(tmp_path / "stopped")],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     while not (tmp_path / "stopped" / "train_batch.png").exists() and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
@@ -132,7 +178,9 @@ def test_a_checkpoint_runs_no_code(tmp_path, monkeypatch, capsys):
 
     torch.save({"format": 1, "model": Trap(), "config": {}}, tmp_path / "trap.pth")
     Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
-    status, _, error = called(infer.main, [tmp_path / "a.png", "--checkpoint", tmp_path / "trap.pth"], monkeypatch, capsys)
+    status, _, error = called(
+        infer.main, [tmp_path / "a.png", "--checkpoint", tmp_path / "trap.pth"], monkeypatch, capsys
+    )
     assert status == 2 and "not a checkpoint" in error and not (tmp_path / "sprung").exists()
 
 
@@ -141,26 +189,46 @@ def test_a_checkpoint_runs_no_code(tmp_path, monkeypatch, capsys):
     [
         (train.main, ["--data", "nowhere"], "nowhere: no such folder"),
         (train.main, ["--data", "DATA", "--backbone", "dinov3-vit-s16"], "the nearest: dinov3-vits16"),
-        (train.main, ["--data", "DATA", "--backbone", "ecvit-nano", "--backbone-weights", "pretrained"], "no released weights"),
+        (
+            train.main,
+            ["--data", "DATA", "--backbone", "ecvit-nano", "--backbone-weights", "pretrained"],
+            "no released weights",
+        ),
         (train.main, ["--data", "DATA", "--backbone-weights", "lost.pth"], "lost.pth: no such"),
-        (train.main, ["--data", "DATA", "--backbone", "ecvit-nano", "--batch-size", "0"], "--batch-size has to be more than 0"),
-        (train.main, ["--data", "DATA", "--backbone", "ecvit-nano", "--freeze-backbone", "some"], "--freeze-backbone takes a number"),
+        (
+            train.main,
+            ["--data", "DATA", "--backbone", "ecvit-nano", "--batch-size", "0"],
+            "--batch-size has to be more than 0",
+        ),
+        (
+            train.main,
+            ["--data", "DATA", "--backbone", "ecvit-nano", "--freeze-backbone", "some"],
+            "--freeze-backbone takes a number",
+        ),
         (train.main, ["--data", "DATA", "--size", "l"], "add --detector ecdet"),
         (train.main, ["--data", "DATA", "--init", "PICTURE"], "not a checkpoint"),
         (train.main, ["--data", "DATA", "--train-split", "summer"], "no annotations for 'summer'"),
         (train.main, ["--resume", "runs/none"], "runs/none/last.pth: no such checkpoint"),
         (train.main, ["--resume", "runs/none", "--lr", "1"], "leave out --lr"),
         (train.main, ["--data", "DATA", *SMALL, "--out", "RUN"], "already holds a run"),
-        (infer.main, ["nothing.jpg"], "nothing.jpg: no such picture"),
-        (infer.main, ["EMPTY"], "no pictures or videos in this folder"),
+        (infer.main, ["nothing.jpg"], "nothing.jpg: no such image"),
+        (infer.main, ["EMPTY"], "no images or videos in this folder"),
         (infer.main, ["PICTURE"], "no run in runs/ has a best.pth"),
         (infer.main, ["PICTURE", "--checkpoint", "PICTURE"], "not a checkpoint"),
         (infer.main, ["BROKEN", "--checkpoint", "BEST"], "1 of 1 files can't be read"),
         (evaluate.main, ["gone.pth"], "gone.pth: no such checkpoint"),
         (evaluate.main, ["BEST", "--layout", "coco"], "--layout coco: is for --data"),
-        (datasets.main, ["SINGLE", "--val-split", "val"], "a single COCO file, which has no parts to choose"),
-        (train.main, ["--data", "SINGLE", "--val-split", "val"], "--val-split val: a single COCO file holds all pictures"),
-        (train.main, ["--data", "DATA", "--val-fraction", "0.3"], "--val-fraction 0.3: is for a single COCO file; this is coco layout"),
+        (datasets.main, ["SINGLE", "--val-split", "val"], "a single COCO file, which has no splits to choose"),
+        (
+            train.main,
+            ["--data", "SINGLE", "--val-split", "val"],
+            "--val-split val: a single COCO file holds all images",
+        ),
+        (
+            train.main,
+            ["--data", "DATA", "--val-fraction", "0.3"],
+            "--val-fraction 0.3: is for a single COCO file; this is coco layout",
+        ),
         (train.main, ["--data", "DATA", "--shard"], "--shard spreads the backbone over several processes"),
         (train.main, ["--data", "DATA", "--layers", "2"], "--layers: for plain vision transformers"),
         (train.main, ["--data", "DATA", "--precision", "float8"], "invalid choice: 'float8'"),
@@ -169,12 +237,21 @@ def test_a_checkpoint_runs_no_code(tmp_path, monkeypatch, capsys):
         (check_dims.main, ["--size", "0"], "--size has to be more than 0"),
     ],
 )
-def test_a_mistake_ends_in_one_line_and_status_2(main, arguments, message, tiny_data, finished_run, tmp_path, monkeypatch, capsys):
+def test_a_mistake_ends_in_one_line_and_status_2(
+    main, arguments, message, tiny_data, finished_run, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
     (tmp_path / "b.jpg").write_bytes(b"\xff\xd8\xff nothing")
-    names = {"DATA": tiny_data, "EMPTY": tmp_path / "empty", "PICTURE": tmp_path / "a.png", "BROKEN": tmp_path / "b.jpg", "BEST": finished_run[1] / "best.pth", "RUN": finished_run[1]}  # fmt: skip
+    names = {
+        "DATA": tiny_data,
+        "EMPTY": tmp_path / "empty",
+        "PICTURE": tmp_path / "a.png",
+        "BROKEN": tmp_path / "b.jpg",
+        "BEST": finished_run[1] / "best.pth",
+        "RUN": finished_run[1],
+    }
     if "OTHER" in arguments:
         names["OTHER"] = write_coco(tmp_path / "other", {"train": 1, "val": 1})
     if "SINGLE" in arguments:
@@ -203,29 +280,46 @@ def test_check_dims_agrees_with_itself():
 def test_help_explains_every_option():
     text, parser = command("train.py", "--help").stdout, build_parser("")
     for action in parser._actions:
-        assert action.option_strings[0] in text and (action.help or action.dest in ("epochs", "steps", "seed", "lr")), action.dest
+        assert action.option_strings[0] in text and (action.help or action.dest in ("epochs", "steps", "seed", "lr")), (
+            action.dest
+        )
 
 
 def test_a_run_says_what_it_will_cost(tiny_data, tmp_path, monkeypatch, capsys):
-    status, out, error = called(train.main, ["--data", tiny_data, *SMALL, "--steps", 11, "--eval-every", 99, "--out", tmp_path / "run"], monkeypatch, capsys)
-    assert status == 0 and out.count("the training will take about 1 min on this machine, ") == 1, out + error
-    s = dict(minutes=None, image_size=640, backbone="ecvitt", init=None, eval_every=0)
+    status, out, error = called(
+        train.main,
+        ["--data", tiny_data, *SMALL, "--steps", 11, "--eval-every", 99, "--out", tmp_path / "run"],
+        monkeypatch,
+        capsys,
+    )
+    assert status == 0 and out.count("training will take about 1 min on this machine, ") == 1, out + error
+    s = Settings(image_size=640, backbone="ecvitt")
     given = {"data": "my photos", "epochs": 100, "backbone_weights": "pretrained", "ema": False, "lr": 1e-4}
-    lines = train.cost(80.0, 8.0, 3790, s, given, 1)
-    assert lines[0].startswith("the training will take about 8 h 27 min on this machine, 8 s a step") and len(lines) == 4
-    assert lines[2].strip() == "python train.py --data 'my photos' --backbone-weights pretrained --no-ema --lr 0.0001 --minutes 20 --image-size 320"
-    assert lines[3].strip() == "python train.py --data 'my photos' --no-ema --lr 0.0001 --minutes 20 --backbone ecvit-nano"
+    lines = describe_cost(80.0, 8.0, 3790, s, given, 1)
+    assert lines[0].startswith("training will take about 8 h 27 min on this machine, 8 s a step") and len(lines) == 4
+    assert (
+        lines[2].strip()
+        == "python train.py --data 'my photos' --backbone-weights pretrained --no-ema --lr 0.0001 --minutes 20 "
+        "--image-size 320"
+    )
+    assert (
+        lines[3].strip() == "python train.py --data 'my photos' --no-ema --lr 0.0001 --minutes 20 --backbone ecvit-nano"
+    )
     for line in lines[2:]:  # what is printed can be typed
         build_parser("").parse_args(shlex.split(line)[2:])
-    assert "torchrun --nproc-per-node 8 train.py --data" in train.cost(80.0, 8.0, 3790, s, given, 8)[2]
-    assert len(train.cost(80.0, 8.0, 3790, s, None, 1)) == 1 and len(train.cost(80.0, 8.0, 300, s, given, 1)) == 1  # resumed; under an hour
-    assert train.cost(80.0, 8.0, math.inf, s | {"minutes": 4.5}, given, 1)[0].startswith("the training will take about 5 min")
-    small = train.cost(80.0, 8.0, 3790, s | {"image_size": 224, "backbone": "ecvit-nano"}, given, 1)
+    assert "torchrun --nproc-per-node 8 train.py --data" in describe_cost(80.0, 8.0, 3790, s, given, 8)[2]
+    assert (
+        len(describe_cost(80.0, 8.0, 3790, s, None, 1)) == 1 and len(describe_cost(80.0, 8.0, 300, s, given, 1)) == 1
+    )  # resumed; under an hour
+    assert describe_cost(80.0, 8.0, math.inf, replace(s, minutes=4.5), given, 1)[0].startswith(
+        "training will take about 5 min"
+    )
+    small = describe_cost(80.0, 8.0, 3790, replace(s, image_size=224, backbone="ecvit-nano"), given, 1)
     assert len(small) == 3 and small[2].endswith("--minutes 20")
 
 
 def test_evaluation_opens_nothing_of_the_training_part(finished_run, tmp_path, monkeypatch, capsys):
-    """COCO and YOLO: the training part's images may be gone, and one of the others may be what a run was told to leave out."""
+    """COCO and YOLO: the training images may be gone, and another image may be one that a run had to leave out."""
     root = write_coco(tmp_path / "data", {"train2017": 3, "val2017": 3}, category_ids=(7, 300, 90001))
     for path in (root / "train2017").iterdir():
         path.unlink()
@@ -234,7 +328,9 @@ def test_evaluation_opens_nothing_of_the_training_part(finished_run, tmp_path, m
     (root / "val2017" / "001.png").write_text("")
     status, _, error = called(evaluate.main, [finished_run[1] / "best.pth", "--data", root], monkeypatch, capsys)
     assert status == 2 and "001.png" in error
-    status, out, error = called(evaluate.main, [finished_run[1] / "best.pth", "--data", root, "--skip-bad-images"], monkeypatch, capsys)
+    status, out, error = called(
+        evaluate.main, [finished_run[1] / "best.pth", "--data", root, "--skip-bad-images"], monkeypatch, capsys
+    )
     assert status == 0, error
     yolo = tmp_path / "yolo"
     for part in ("train", "val"):
@@ -243,7 +339,9 @@ def test_evaluation_opens_nothing_of_the_training_part(finished_run, tmp_path, m
         (yolo / "labels" / part / "a.txt").write_text("0 0.5 0.5 0.25 0.5")
     (yolo / "images" / "train" / "a.png").write_text("no image")
     Image.new("RGB", (64, 48)).save(yolo / "images" / "val" / "a.png")
-    (yolo / "data.yaml").write_text("names: ['kind 7', 'kind 300', 'kind 90001']\ntrain: images/train\nval: images/val\n")
+    (yolo / "data.yaml").write_text(
+        "names: ['kind 7', 'kind 300', 'kind 90001']\ntrain: images/train\nval: images/val\n"
+    )
     status, out, error = called(evaluate.main, [finished_run[1] / "best.pth", "--data", yolo], monkeypatch, capsys)
     assert status == 0, error
 
@@ -251,7 +349,20 @@ def test_evaluation_opens_nothing_of_the_training_part(finished_run, tmp_path, m
 def test_a_batch_of_one_and_more_than_the_data_set_train(tmp_path, monkeypatch, capsys):
     root = write_coco(tmp_path / "data", {"train": 3, "val": 1})
     for batch in (1, 8):
-        arguments = ["--data", root, "--backbone", "ecvit-nano", "--image-size", "48", "--batch-size", batch, "--steps", 2, "--out", tmp_path / f"run{batch}"]
+        arguments = [
+            "--data",
+            root,
+            "--backbone",
+            "ecvit-nano",
+            "--image-size",
+            "48",
+            "--batch-size",
+            batch,
+            "--steps",
+            2,
+            "--out",
+            tmp_path / f"run{batch}",
+        ]
         status, out, error = called(train.main, arguments, monkeypatch, capsys)
         assert status == 0, error
 
@@ -259,7 +370,20 @@ def test_a_batch_of_one_and_more_than_the_data_set_train(tmp_path, monkeypatch, 
 def test_it_learns(tmp_path, monkeypatch, capsys):
     """Red and blue rectangles on grey, from nothing: far from perfect after a minute, and far from zero."""
     root = write_coco(tmp_path / "data", {"train": 32, "val": 16}, size=(96, 64))
-    arguments = ["--data", root, "--backbone", "ecvit-nano", "--image-size", "64", "--batch-size", 8, "--steps", 120, "--out", tmp_path / "run"]
+    arguments = [
+        "--data",
+        root,
+        "--backbone",
+        "ecvit-nano",
+        "--image-size",
+        "64",
+        "--batch-size",
+        8,
+        "--steps",
+        120,
+        "--out",
+        tmp_path / "run",
+    ]
     status, out, error = called(train.main, arguments, monkeypatch, capsys)
     assert status == 0, error
     assert json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])["AP50"] > 0.5
@@ -276,18 +400,46 @@ def test_a_run_without_its_optimisers_is_not_gone_on_with(finished_run, tmp_path
         assert status == 2 and err.count("\n") == 1 and "no optimiser's state" in err
 
 
-@pytest.mark.parametrize("options", [["--detector", "dino"], ["--detector", "ssd"], ["--detector", "dino", "--backbone", "dinov2-small", "--patch-size", 16, "--layers", "5,11", "--scales", 5]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--detector", "dino"],
+        ["--detector", "ssd"],
+        ["--detector", "dino", "--backbone", "dinov2-small", "--patch-size", 16, "--layers", "5,11", "--scales", 5],
+    ],
+)
 def test_other_detectors_train_infer_and_evaluate(options, tiny_data, tmp_path, monkeypatch, capsys):
-    arguments = ["--data", tiny_data, *SMALL, "--backbone-weights", "none", "--steps", 2, "--out", tmp_path / "run", *options]
+    arguments = [
+        "--data",
+        tiny_data,
+        *SMALL,
+        "--backbone-weights",
+        "none",
+        "--steps",
+        2,
+        "--out",
+        tmp_path / "run",
+        *options,
+    ]
     status, out, err = called(train.main, arguments, monkeypatch, capsys)
     assert status == 0, err
     best = tmp_path / "run" / "best.pth"
     picture = next((tiny_data / "val2017").glob("*.png"))
-    status, out, err = called(infer.main, [picture, "--checkpoint", best, "--out", tmp_path / "found", "--threshold", 0.01], monkeypatch, capsys)
+    status, out, err = called(
+        infer.main,
+        [picture, "--checkpoint", best, "--out", tmp_path / "found", "--threshold", 0.01],
+        monkeypatch,
+        capsys,
+    )
     assert status == 0 and len(json.loads((tmp_path / "found" / "detections.json").read_text())) > 0, err
     status, out, err = called(evaluate.main, [best], monkeypatch, capsys)
     assert status == 0 and "AP50" in out, err
-    status, out, err = called(train.main, ["--data", tiny_data, "--init", best, "--pyramid", "resize", "--out", tmp_path / "other"], monkeypatch, capsys)
+    status, out, err = called(
+        train.main,
+        ["--data", tiny_data, "--init", best, "--pyramid", "resize", "--out", tmp_path / "other"],
+        monkeypatch,
+        capsys,
+    )
     assert status == 2 and "--pyramid resize: the architecture" in err
 
 
@@ -295,13 +447,30 @@ def test_a_sheet_of_features(finished_run, tmp_path, monkeypatch, capsys):
     Image.effect_noise((120, 80), 60).save(tmp_path / "a.png")
     build_backbone("dinov3-vits16").model.save_pretrained(tmp_path / "weights")
     capsys.readouterr()
-    arguments = [tmp_path / "a.png", "--backbone", f"dinov3-vits16={tmp_path / 'weights'}", "ecvit-nano=none", "--layers", "2,5", "--image-size", 64]
-    status, out, err = called(features.main, [*arguments, "--checkpoint", finished_run[1] / "best.pth", "--out", tmp_path / "sheet.png"], monkeypatch, capsys)
+    arguments = [
+        tmp_path / "a.png",
+        "--backbone",
+        f"dinov3-vits16={tmp_path / 'weights'}",
+        "ecvit-nano=none",
+        "--layers",
+        "2,5",
+        "--image-size",
+        64,
+    ]
+    status, out, err = called(
+        features.main,
+        [*arguments, "--checkpoint", finished_run[1] / "best.pth", "--out", tmp_path / "sheet.png"],
+        monkeypatch,
+        capsys,
+    )
     assert status == 0, err
-    assert "dinov3-vits16, block 5: 1 pictures, 4x6 tokens of 384" in out and out.count("ecvit-nano") == 4
+    assert "dinov3-vits16, block 5: 1 images, 4x6 tokens of 384" in out and out.count("ecvit-nano") == 4
     assert Image.open(tmp_path / "sheet.png").width > 6 * 120
-    for wrong, message in ([["nowhere.jpg", "--backbone", "ecvit-nano=none"], "nowhere.jpg: can't be read"], [[tmp_path / "a.png"], "which features?"],
-                           [[tmp_path / "a.png", "--backbone", "ecvit-nano=none", "--layers", "6"], "the blocks of ecvit-nano are 0 to 5"]):  # fmt: skip
+    for wrong, message in (
+        [["nowhere.jpg", "--backbone", "ecvit-nano=none"], "nowhere.jpg: can't be read"],
+        [[tmp_path / "a.png"], "which features?"],
+        [[tmp_path / "a.png", "--backbone", "ecvit-nano=none", "--layers", "6"], "the blocks of ecvit-nano are 0 to 5"],
+    ):
         status, _, err = called(features.main, wrong, monkeypatch, capsys)
         assert status == 2 and message in err
 
@@ -309,7 +478,9 @@ def test_a_sheet_of_features(finished_run, tmp_path, monkeypatch, capsys):
 def test_principal_colours_are_the_directions_of_most_variance():
     torch.manual_seed(0)
     spread = torch.randn(200, 8) * torch.tensor([1.0, 9.0, 1.0, 1.0, 5.0, 1.0, 3.0, 1.0])
-    first, second = features.principal_colours([spread[:120].unflatten(0, (10, 12)), spread[120:].unflatten(0, (8, 10))])
+    first, second = features.principal_colours(
+        [spread[:120].unflatten(0, (10, 12)), spread[120:].unflatten(0, (8, 10))]
+    )
     assert first.shape == (10, 12, 3) and 0 <= first.min() and first.max() <= 1
     colours = torch.cat([first.flatten(0, 1), second.flatten(0, 1)])
     for component, channel in enumerate((1, 4, 6)):
@@ -317,9 +488,18 @@ def test_principal_colours_are_the_directions_of_most_variance():
 
 
 def test_patches_are_compared(tmp_path, monkeypatch, capsys):
-    status, out, err = called(compare_patches.main, ["--backbone", "dinov2-small", "--weights", "none", "--grid", 4, "--out", tmp_path / "p.png"], monkeypatch, capsys)
+    status, out, err = called(
+        compare_patches.main,
+        ["--backbone", "dinov2-small", "--weights", "none", "--grid", 4, "--out", tmp_path / "p.png"],
+        monkeypatch,
+        capsys,
+    )
     assert status == 0, err
-    away = {line.split("  ")[0]: float(line.split()[-1]) for line in out.splitlines() if line.startswith(("pseudo", "bicubic", "none", "newly"))}
+    away = {
+        line.split("  ")[0]: float(line.split()[-1])
+        for line in out.splitlines()
+        if line.startswith(("pseudo", "bicubic", "none", "newly"))
+    }
     assert len(away) == 4 and away["pseudo-inverse"] < 0.2 * min(v for k, v in away.items() if k != "pseudo-inverse")
     assert (tmp_path / "p.png").exists()
     status, _, err = called(compare_patches.main, ["--backbone", "ecvitt"], monkeypatch, capsys)
@@ -328,7 +508,22 @@ def test_patches_are_compared(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_the_benchmark_measures_any_detector(detector, monkeypatch, capsys):
-    arguments = ["--detector", detector, "--size", "nano", "--backbone", "ecvit-nano", "--image-size", 64, "--train-size", 64, "--batch-size", 2, "--repeats", 1]
+    arguments = [
+        "--detector",
+        detector,
+        "--size",
+        "nano",
+        "--backbone",
+        "ecvit-nano",
+        "--image-size",
+        64,
+        "--train-size",
+        64,
+        "--batch-size",
+        2,
+        "--repeats",
+        1,
+    ]
     status, out, err = called(benchmark.main, arguments, monkeypatch, capsys)
     assert status == 0, err
     assert "training step, 2 x 64x64, float32" in out and "inference, 1 x 64x64, float32" in out and "GFLOPs" in out

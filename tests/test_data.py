@@ -2,6 +2,7 @@ import itertools
 import json
 import pickle
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,14 +14,14 @@ from torchvision import tv_tensors
 from torchvision.ops import box_iou
 
 import demo_data
-from datasets import DetectionDataset, EndlessBatches, by_proportions, collate, read_image, reduction
+from datasets import DetectionDataset, EndlessBatches, collate, group_by_aspect_ratio
 from demo_data import CLASSES, draw_picture, make_demo, overlap
 from errors import UserError
 from evaluate import measure
 from layouts import Record, Split, load_splits
+from runs import augmentation_phase
 from settings import choose_image_size
-from train import augmentation_phase
-from transforms import MEAN, STD, eval_transforms, mix_up, mosaic, train_transforms
+from transforms import MEAN, STD, eval_transforms, mix_up, mosaic, read_image, reduction, train_transforms
 
 
 def edit(path, change):
@@ -65,7 +66,10 @@ def test_voc_counts_pixels_from_one_and_difficult_objects_are_ignored(tmp_path):
     assert record.boxes.tolist() == [[0, 0, 20, 30], [29, 4, 50, 25]] and record.ignored.tolist() == [False, True]
     _, target = DetectionDataset(val, eval_transforms(40))[0]
     assert target["labels"].tolist() == [1]
-    miss = {i: {"boxes": torch.tensor([[0.0, 0, 20, 30]]), "labels": torch.tensor([1]), "scores": torch.tensor([0.9])} for i in range(2)}
+    miss = {
+        i: {"boxes": torch.tensor([[0.0, 0, 20, 30]]), "labels": torch.tensor([1]), "scores": torch.tensor([0.9])}
+        for i in range(2)
+    }
     assert measure(val, miss)[0]["AP"] == pytest.approx(1)  # the difficult cats are not missed
 
 
@@ -81,16 +85,25 @@ def test_voc_prefers_trainval_and_test_and_takes_other_names(tmp_path):
 
 def test_broken_boxes_are_mended_or_dropped_and_counted(tmp_path):
     root = write_coco(tmp_path, {"train": 3, "val": 1})
-    bad = [[10, 10, 0, 5], [-5, -5, 20, 20], [500, 500, 10, 10], [1, 1, float("nan"), 4], [40, 30, 100, 100], [5, 5, -3, 4]]
+    bad = [
+        [10, 10, 0, 5],
+        [-5, -5, 20, 20],
+        [500, 500, 10, 10],
+        [1, 1, float("nan"), 4],
+        [40, 30, 100, 100],
+        [5, 5, -3, 4],
+    ]
 
     def change(data):
         for i, box in enumerate(bad):
-            data["annotations"].append({"id": 100 + i, "image_id": 10, "category_id": 1, "bbox": box, "area": 4, "iscrowd": 0})
+            data["annotations"].append(
+                {"id": 100 + i, "image_id": 10, "category_id": 1, "bbox": box, "area": 4, "iscrowd": 0}
+            )
 
     edit(root / "annotations/instances_train.json", change)
     train, _ = load_splits(root)
     assert train.records[0].boxes[2:].tolist() == [[0, 0, 15, 15], [40, 30, 64, 48]]
-    assert "2 boxes clipped to their picture" in train.remarks
+    assert "2 boxes clipped to their image" in train.remarks
     assert "4 empty, inverted, outside or non-finite boxes dropped" in train.remarks
 
 
@@ -108,9 +121,12 @@ def test_crowds_train_nothing_and_are_not_misses(tmp_path):
 
 def test_a_picture_without_boxes_is_kept(tmp_path):
     root = write_coco(tmp_path, {"train": 2, "val": 1})
-    edit(root / "annotations/instances_train.json", lambda data: data.update(annotations=[a for a in data["annotations"] if a["image_id"] != 10]))
+    edit(
+        root / "annotations/instances_train.json",
+        lambda data: data.update(annotations=[a for a in data["annotations"] if a["image_id"] != 10]),
+    )
     train, _ = load_splits(root)
-    assert len(train.records) == 2 and "1 pictures have no box (kept: they teach what is background)" in train.remarks
+    assert len(train.records) == 2 and "1 images have no box (kept as background)" in train.remarks
     for draw in (None, 0.0, 0.9):
         image, target = DetectionDataset(train, train_transforms(48))[0, 1, draw, False]
         assert target["boxes"].shape == (0, 4) and image.ndim == 3
@@ -122,11 +138,11 @@ def test_unreadable_pictures_are_named_ten_at_most(tmp_path):
         (root / "train" / f"{i:03d}.png").unlink()
     whole = (root / "train" / "011.png").read_bytes()
     (root / "train" / "011.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=r"12 of 14 pictures can't be read .*000.png: missing.*and 2 more") as caught:
+    with pytest.raises(UserError, match=r"12 of 14 images can't be read .*000.png: missing.*and 2 more") as caught:
         load_splits(root)
     assert str(caught.value).count(".png") == 10
     train, _ = load_splits(root, skip_bad_images=True)
-    assert len(train.records) == 2 and train.remarks[0].startswith("12 pictures left out")
+    assert len(train.records) == 2 and train.remarks[0].startswith("12 images left out")
 
 
 @pytest.mark.parametrize(
@@ -164,7 +180,7 @@ def test_folders_that_are_no_data_set(tmp_path):
     with pytest.raises(UserError, match="p0.xml: not a Pascal VOC annotation"):
         load_splits(tmp_path / "voc")
     (tmp_path / "voc/Annotations/p0.xml").unlink()
-    with pytest.raises(UserError, match="p0.xml: No such file"):
+    with pytest.raises(UserError, match="p0.xml: can't be read .No such file"):
         load_splits(tmp_path / "voc")
 
 
@@ -172,9 +188,15 @@ def test_every_kind_of_picture_becomes_rgb(tmp_path):
     ramp = np.tile(np.arange(0, 256, 4, dtype=np.uint8), (8, 1))
     grey = Image.fromarray(ramp)
     pictures = {
-        "grey.png": grey, "la.png": grey.convert("LA"), "rgba.png": grey.convert("RGBA"), "palette.png": grey.convert("P"), "cmyk.jpg": grey.convert("CMYK"),
-        "one.png": grey.convert("1"), "sixteen.png": Image.fromarray(ramp.astype(np.uint16) * 257), "float.tiff": Image.fromarray(ramp.astype(np.float32)),
-    }  # fmt: skip
+        "grey.png": grey,
+        "la.png": grey.convert("LA"),
+        "rgba.png": grey.convert("RGBA"),
+        "palette.png": grey.convert("P"),
+        "cmyk.jpg": grey.convert("CMYK"),
+        "one.png": grey.convert("1"),
+        "sixteen.png": Image.fromarray(ramp.astype(np.uint16) * 257),
+        "float.tiff": Image.fromarray(ramp.astype(np.float32)),
+    }
     for name, picture in pictures.items():
         picture.save(tmp_path / name)
         image = read_image(tmp_path / name)
@@ -221,9 +243,13 @@ def test_boxes_follow_the_picture_through_the_training_transforms(kind):
         pixels = torch.zeros(3, h, w, dtype=torch.uint8)
         pixels[0, y : y + bh, x : x + bw] = 255
         target = {
-            "boxes": tv_tensors.BoundingBoxes([[x, y, x + bw, y + bh]], format="XYXY", canvas_size=(h, w), dtype=torch.float32),
-            "labels": torch.tensor([3]), "area": torch.tensor([1.0]), "iscrowd": torch.tensor([0]),
-        }  # fmt: skip
+            "boxes": tv_tensors.BoundingBoxes(
+                [[x, y, x + bw, y + bh]], format="XYXY", canvas_size=(h, w), dtype=torch.float32
+            ),
+            "labels": torch.tensor([3]),
+            "area": torch.tensor([1.0]),
+            "iscrowd": torch.tensor([0]),
+        }
         image, target = transform(tv_tensors.Image(pixels), target, float(torch.rand(())) if seed % 6 else None)
         H, W = target["size"].tolist()
         shapes.add((H, W))
@@ -243,7 +269,12 @@ def test_boxes_follow_the_picture_through_the_training_transforms(kind):
 
 
 def test_evaluation_sides_are_800_and_1333_in_proportion():
-    for size, picture, wanted in ((800, (400, 500), (800, 1000)), (800, (100, 400), (333, 1332)), (240, (480, 640), (240, 320)), (400, (300, 100), (666, 222))):
+    for size, picture, wanted in (
+        (800, (400, 500), (800, 1000)),
+        (800, (100, 400), (333, 1332)),
+        (240, (480, 640), (240, 320)),
+        (400, (300, 100), (666, 222)),
+    ):
         target = {"boxes": tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=picture)}
         target |= {key: torch.zeros(0) for key in ("labels", "area", "iscrowd")}
         image, _ = eval_transforms(size)(tv_tensors.Image(torch.zeros(3, *picture, dtype=torch.uint8)), target, 0.0)
@@ -267,30 +298,42 @@ def test_the_endless_stream_shows_every_picture_once_a_round_and_goes_on_anywher
 
 
 def test_what_is_drawn_for_a_batch_is_independent():
-    """Its side, whether it is mixed up and how, whether its first image is a mosaic, is flipped, and how much of it is shown: no two
-    go together, in 500 batches, nor does one batch's draw with the next one's."""
+    """No two of a batch's draws go together, in 500 batches, nor does one batch's draw with the next one's.
+
+    They are: its side, whether it is mixed up and how, whether its first image is a mosaic, is flipped, and how much
+    of it is shown.
+    """
     draws = []
     for batch in itertools.islice(EndlessBatches(64, 4, seed=0, phase=lambda shown: "mixed"), 500):
         first = batch[0]
         with torch.random.fork_rng():
             torch.default_generator.manual_seed(first.seed)
             flipped, shown = torch.rand(2).tolist()
-        draws.append([first.side, first.mix is not None, first.is_mosaic, batch[1].is_mosaic, flipped < 0.5, shown, first.index])
+        draws.append(
+            [first.side, first.mix is not None, first.is_mosaic, batch[1].is_mosaic, flipped < 0.5, shown, first.index]
+        )
     draws = np.array(draws, dtype=float)
     together = np.corrcoef(np.concatenate([draws[1:], draws[:-1]], axis=1).T)
-    assert np.abs(together - np.eye(14)).max() < 0.2, np.abs(together - np.eye(14)).max().round(3)  # 0.17 would be chance at 1 in 10,000
+    assert np.abs(together - np.eye(14)).max() < 0.2, (
+        np.abs(together - np.eye(14)).max().round(3)
+    )  # 0.17 would be chance at 1 in 10,000
     assert all(0.4 < draws[:, i].mean() < 0.6 for i in range(6))
-    mixes = [batch[0].mix for batch in itertools.islice(EndlessBatches(64, 4, seed=0, phase=lambda shown: "mixed"), 500)]
+    mixes = [
+        batch[0].mix for batch in itertools.islice(EndlessBatches(64, 4, seed=0, phase=lambda shown: "mixed"), 500)
+    ]
     sides = draws[[mix is not None for mix in mixes], 0]
     assert abs(np.corrcoef(sides, [mix for mix in mixes if mix is not None])[0, 1]) < 0.2
 
 
 @pytest.mark.parametrize("world, pieces", [(1, 1), (1, 4), (2, 1), (2, 2), (4, 1)])
 def test_a_step_has_the_same_images_however_they_are_shared(world, pieces):
-    """As many as four processes, or one that takes them in four pieces, augment the same images in the same way; also resumed."""
+    """Up to four processes, or one that takes them in four pieces, augment the same images alike; also when resumed."""
     whole = list(itertools.islice(EndlessBatches(10, 8, seed=5, phase=lambda shown: "varied"), 7))
     for first in (0, 3):
-        streams = [iter(EndlessBatches(10, 8, 5, lambda shown: "varied", first, (rank, world), pieces=pieces)) for rank in range(world)]
+        streams = [
+            iter(EndlessBatches(10, 8, 5, lambda shown: "varied", first, (rank, world), pieces=pieces))
+            for rank in range(world)
+        ]
         for batch in whole[first:]:
             parts = [next(stream) for stream in streams for _ in range(pieces)]
             assert all(len(part) == 8 // world // pieces for part in parts)
@@ -298,14 +341,21 @@ def test_a_step_has_the_same_images_however_they_are_shared(world, pieces):
 
 
 def test_batches_hold_pictures_of_like_proportions():
-    proportions = torch.tensor([0.5, 1.0, 1.5, 2.0])[torch.randint(4, (150,), generator=torch.Generator().manual_seed(0))]
-    make = lambda proportions, **options: iter(EndlessBatches(150, 8, seed=3, phase=lambda shown: "plain", proportions=proportions, **options))
+    proportions = torch.tensor([0.5, 1.0, 1.5, 2.0])[
+        torch.randint(4, (150,), generator=torch.Generator().manual_seed(0))
+    ]
+
+    def make(proportions, **options):
+        return iter(EndlessBatches(150, 8, seed=3, phase=lambda shown: "plain", aspect_ratios=proportions, **options))
+
+    def mixed(batches):
+        return sum(len(proportions[batch].unique()) > 1 for batch in batches) / len(batches)
+
     stream, flat = make(proportions), []
     batches = [[item[0] for item in next(stream)] for _ in range(150)]  # eight rounds
     for batch in batches:
         flat += batch
     assert all(sorted(flat[i : i + 150]) == list(range(150)) for i in range(0, 1200, 150))
-    mixed = lambda batches: sum(len(proportions[batch].unique()) > 1 for batch in batches) / len(batches)
     chance = make(None)
     assert mixed(batches) < 0.4 and mixed([[item[0] for item in next(chance)] for _ in range(150)]) > 0.9
     assert [[item[0] for item in batch] for batch, _ in zip(make(proportions, first=31), range(40))] == batches[31:71]
@@ -314,27 +364,42 @@ def test_batches_hold_pictures_of_like_proportions():
     company = [frozenset(batch) for batch in batches]
     assert len(set(company)) == len(company)  # never the same eight again
     same = torch.randperm(150)
-    assert by_proportions(same, torch.ones(150), 8).equal(same)
+    assert group_by_aspect_ratio(same, torch.ones(150), 8).equal(same)
 
 
 def test_the_run_decides_when_pictures_are_whole_and_when_they_are_mixed(tiny_data):
-    settings = dict(plain_passes=2, plain_end=0.1, mosaic=0.5)
-    phases = [augmentation_phase(passes, progress, settings) for passes, progress in ((1, 0.0), (2, 0.1), (9, 0.5), (20, 0.95))]
+    settings = SimpleNamespace(plain_passes=2, plain_end=0.1, mosaic=0.5)
+    phases = [
+        augmentation_phase(passes, progress, settings)
+        for passes, progress in ((1, 0.0), (2, 0.1), (9, 0.5), (20, 0.95))
+    ]
     assert phases == ["plain", "mixed", "varied", "plain"]
-    batches = list(itertools.islice(EndlessBatches(6, 3, seed=1, phase=lambda shown: "plain" if shown < 12 else "mixed" if shown < 18 else "varied"), 8))
+    batches = list(
+        itertools.islice(
+            EndlessBatches(
+                6, 3, seed=1, phase=lambda shown: "plain" if shown < 12 else "mixed" if shown < 18 else "varied"
+            ),
+            8,
+        )
+    )
     assert [batch[0][2] is None for batch in batches] == [True] * 4 + [False] * 4
     assert all(not item.is_mosaic and item.mix is None for batch in batches[:4] + batches[6:] for item in batch)
     always = EndlessBatches(6, 3, seed=1, phase=lambda shown: "mixed", mixing=1.0)
     assert all(item.is_mosaic and 0.45 <= item.mix <= 0.55 for batch in itertools.islice(always, 4) for item in batch)
     data = DetectionDataset(load_splits(tiny_data)[0], train_transforms(96))
-    whole, varied = ([data[0, seed, draw, False][1]["size"] for seed, draw in enumerate(draws)] for draws in ([None] * 10, torch.arange(10) / 10))
-    assert {tuple(size.tolist()) for size in whole} == {(96, 128)} and len({tuple(size.tolist()) for size in varied}) > 1
+    whole, varied = (
+        [data[0, seed, draw, False][1]["size"] for seed, draw in enumerate(draws)]
+        for draws in ([None] * 10, torch.arange(10) / 10)
+    )
+    assert {tuple(size.tolist()) for size in whole} == {(96, 128)} and len(
+        {tuple(size.tolist()) for size in varied}
+    ) > 1
 
 
 @pytest.mark.parametrize("orientation", [1, 6])
 @pytest.mark.parametrize("kind", ["JPEG", "MPO", "PNG", "grey"])
 def test_large_jpegs_are_decoded_small_with_their_boxes(kind, orientation, tmp_path):
-    """As many pixels as the transforms can show and not many more; boxes, areas and the original size as they have to be."""
+    """As many pixels as the transforms can show and not many more; boxes, areas and the original size are right."""
     image = Image.new("RGB", (1600, 1204), (90, 90, 90))
     image.paste((250, 200, 30), (400, 200, 1200, 1000))
     image = image.convert("L") if kind == "grey" else image
@@ -342,20 +407,38 @@ def test_large_jpegs_are_decoded_small_with_their_boxes(kind, orientation, tmp_p
     exif = Image.Exif()
     exif[0x0112] = orientation
     image.save(path, form, exif=exif, **(dict(save_all=True, append_images=[image]) if kind == "MPO" else {}))
-    w, h, box = (1600, 1204, [400.0, 200.0, 1200.0, 1000.0]) if orientation == 1 else (1204, 1600, [204.0, 400.0, 1004.0, 1200.0])
-    record = Record(0, path, w, h, np.array([box]), np.zeros(1, dtype=np.int64), np.array([640000.0]), np.zeros(1, dtype=bool))
+    w, h, box = (
+        (1600, 1204, [400.0, 200.0, 1200.0, 1000.0])
+        if orientation == 1
+        else (1204, 1600, [204.0, 400.0, 1004.0, 1200.0])
+    )
+    record = Record(
+        0, path, w, h, np.array([box]), np.zeros(1, dtype=np.int64), np.array([640000.0]), np.zeros(1, dtype=bool)
+    )
     data = DetectionDataset(Split("train", ["a"], [1], [record]), None, cache_bytes=1 << 24, detail=300)
     scale = 1 if kind == "PNG" else 4
     for _ in range(2):  # the second time from memory
         pixels, target = data.load(0)
         assert pixels.shape == (3, h // scale, w // scale) and target["orig_size"].tolist() == [h, w]
-        assert torch.equal(target["boxes"].as_subclass(torch.Tensor), torch.tensor([box]) / scale) and float(target["area"]) == 640000 / scale**2
+        assert (
+            torch.equal(target["boxes"].as_subclass(torch.Tensor), torch.tensor([box]) / scale)
+            and float(target["area"]) == 640000 / scale**2
+        )
         x1, y1, x2, y2 = target["boxes"][0].round().int().tolist()
         red, outside = pixels[0, y1 + 4 : y2 - 4, x1 + 4 : x2 - 4], pixels[0, : y1 - 4]
-        assert float(outside.float().std()) < 2 and float(red.float().std()) < 2 and abs(float(red.float().mean()) - float(outside.float().mean())) > 5
-    assert data.room == (1 << 24) - pixels.nbytes and DetectionDataset(data.split, None, cache_bytes=pixels.nbytes - 1, detail=300).room == 0
+        assert (
+            float(outside.float().std()) < 2
+            and float(red.float().std()) < 2
+            and abs(float(red.float().mean()) - float(outside.float().mean())) > 5
+        )
+    assert (
+        data.room == (1 << 24) - pixels.nbytes
+        and DetectionDataset(data.split, None, cache_bytes=pixels.nbytes - 1, detail=300).room == 0
+    )
     assert read_image(path).size == (w, h)  # whole where nobody says otherwise
-    assert [reduction(*size, 300) for size in ((1600, 1200), (1599, 1200), (4000, 3000), (4002, 3002), (500, 9000))] == [4, 1, 8, 2, 1]
+    assert [
+        reduction(*size, 300) for size in ((1600, 1200), (1599, 1200), (4000, 3000), (4002, 3002), (500, 9000))
+    ] == [4, 1, 8, 2, 1]
 
 
 def test_a_mosaic_sets_four_pictures_in_a_square_and_turns_it(tiny_data):
@@ -364,8 +447,16 @@ def test_a_mosaic_sets_four_pictures_in_a_square_and_turns_it(tiny_data):
     for seed in range(20):
         torch.manual_seed(seed)
         image, target = mosaic(samples)
-        assert image.shape == (3, 96, 128) and target["image_id"] == 0 and len(target["boxes"]) == len(target["labels"]) == 8
-        sound = [(box, label) for box, label in zip(target["boxes"], target["labels"]) if 2 < box[0] and 2 < box[1] and box[2] < 126 and box[3] < 94]
+        assert (
+            image.shape == (3, 96, 128)
+            and target["image_id"] == 0
+            and len(target["boxes"]) == len(target["labels"]) == 8
+        )
+        sound = [
+            (box, label)
+            for box, label in zip(target["boxes"], target["labels"])
+            if 2 < box[0] and 2 < box[1] and box[2] < 126 and box[3] < 94
+        ]
         for box, label in sound:
             x, y = (int(n) for n in (box[:2] + box[2:]) / 2)
             red, _, blue = image[:, y, x].float()
@@ -382,13 +473,20 @@ def test_mixed_up_pictures_have_the_boxes_of_both(tiny_data):
     samples = [data[i] for i in range(3)]
     mixed = mix_up(samples, 0.6)
     assert torch.allclose(mixed[1][0], 0.6 * samples[1][0] + 0.4 * samples[0][0])
-    assert torch.equal(mixed[0][1]["boxes"], torch.cat([samples[0][1]["boxes"], samples[2][1]["boxes"]])) and len(mixed[0][1]["labels"]) == 4
+    assert (
+        torch.equal(mixed[0][1]["boxes"], torch.cat([samples[0][1]["boxes"], samples[2][1]["boxes"]]))
+        and len(mixed[0][1]["labels"]) == 4
+    )
     assert len(mix_up(samples[:1], 0.6)[0][1]["boxes"]) == 2  # alone there is nothing to be mixed with
     other_size = [samples[0], (samples[1][0][:, :, 1:], samples[1][1])]
     assert len(mix_up(other_size, 0.6)[0][1]["boxes"]) == 2
     data = DetectionDataset(load_splits(tiny_data)[0], train_transforms(48))
     for mix, most in ((0.5, 4), (None, 2)):
-        counts = {len(t["boxes"]) for seed in range(8) for _, t in data.__getitems__([(i, seed + i, 0.5, False, mix) for i in range(4)])}
+        counts = {
+            len(t["boxes"])
+            for seed in range(8)
+            for _, t in data.__getitems__([(i, seed + i, 0.5, False, mix) for i in range(4)])
+        }
         assert max(counts) == most
 
 
@@ -404,7 +502,10 @@ def test_strong_augmentation_keeps_boxes_on_their_objects(square, tiny_data):
             if bw > 8 and bh > 8:
                 colour = image[:, int(cy), int(cx)] * torch.tensor(STD) + torch.tensor(MEAN)
                 seen += 1
-                assert colour.max() - colour.min() > 0.2, (seed, label)  # channels may have changed places, grey may not
+                assert colour.max() - colour.min() > 0.2, (
+                    seed,
+                    label,
+                )  # channels may have changed places, grey may not
     assert seen > 30 and len(sizes) > 1 and all((h == w) == square for h, w in sizes)
 
 
@@ -416,14 +517,23 @@ def test_a_seed_decides_the_augmentation_and_leaves_the_global_generator_alone(t
     torch.manual_seed(5)
     assert torch.equal(after, torch.rand(1))
     b, _ = data[3, 17, 0.5, True]
-    assert torch.equal(a, b) and any(a.shape != (c := data[3, s, 0.5, True][0]).shape or not torch.equal(a, c) for s in range(5))
+    assert torch.equal(a, b) and any(
+        a.shape != (c := data[3, s, 0.5, True][0]).shape or not torch.equal(a, c) for s in range(5)
+    )
 
 
 def test_a_data_set_can_be_sent_to_worker_processes(tiny_data):
     """Workers are not always forked: on macOS, and since Python 3.14 on Linux, they get it pickled."""
-    for transforms in (train_transforms(48), train_transforms(48, "meta", 0.3, 10), train_transforms(48, "strong"), eval_transforms(48)):
+    for transforms in (
+        train_transforms(48),
+        train_transforms(48, "meta", 0.3, 10),
+        train_transforms(48, "strong"),
+        eval_transforms(48),
+    ):
         data = pickle.loads(pickle.dumps(DetectionDataset(load_splits(tiny_data)[0], transforms)))
-        assert torch.equal(data[0, 1, 0.5, False][0], DetectionDataset(load_splits(tiny_data)[0], transforms)[0, 1, 0.5, False][0])
+        assert torch.equal(
+            data[0, 1, 0.5, False][0], DetectionDataset(load_splits(tiny_data)[0], transforms)[0, 1, 0.5, False][0]
+        )
 
 
 def test_batches_are_padded_to_the_divisor_and_masked():
@@ -469,4 +579,4 @@ def test_tiny_shapes_and_crowds_are_drawn_by_a_command(tmp_path, monkeypatch, ca
         assert overlaps[0] <= largest <= overlaps[1]
         assert choose_image_size(train, 224) == 224  # what is so many pixels in the file is so many for the network
         status, _, err = called(demo_data.main, arguments, monkeypatch, capsys)
-        assert status == 2 and "is there already" in err
+        assert status == 2 and "already exists" in err

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_matrix import tiny_backbones  # noqa: F401 - a fixture
 
 import detector as module
 from checkpoint import read_checkpoint, save_checkpoint
@@ -17,7 +18,6 @@ from errors import UserError
 from evaluate import evaluate
 from layouts import Split, make_record
 from settings import DEFAULTS
-from test_matrix import tiny_backbones  # noqa: F401 - a fixture
 from transforms import eval_transforms
 
 CLASSES = ["cat", "dog", "emu"]
@@ -26,11 +26,31 @@ CLASSES = ["cat", "dog", "emu"]
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     torch.manual_seed(0)
-    config = DEFAULTS | dict(detector="detr", backbone="ecvit-nano", backbone_weights="none", num_classes=3, num_queries=10, hidden_dim=32, num_heads=2, ffn_dim=32, decoder_layers=1, image_size=64)
+    config = DEFAULTS | dict(
+        detector="detr",
+        backbone="ecvit-nano",
+        backbone_weights="none",
+        num_classes=3,
+        num_queries=10,
+        hidden_dim=32,
+        num_heads=2,
+        ffn_dim=32,
+        decoder_layers=1,
+        image_size=64,
+    )
     path = tmp_path_factory.mktemp("run") / "best.pth"
     model = build_model(config)[0]
     torch.nn.init.normal_(model.class_heads[0].weight, std=0.5)
-    save_checkpoint(path, {"model": model.state_dict(), "config": config, "classes": CLASSES, "category_ids": [3, 5, 90], "figures": {"AP": 0.5, "AP_small": -1.0}})
+    save_checkpoint(
+        path,
+        {
+            "model": model.state_dict(),
+            "config": config,
+            "classes": CLASSES,
+            "category_ids": [3, 5, 90],
+            "figures": {"AP": 0.5, "AP_small": -1.0},
+        },
+    )
     return path
 
 
@@ -40,7 +60,9 @@ def photo(size=(90, 70)):
 
 def same(a, b, atol=0.0):
     assert a["names"] == b["names"] and torch.equal(a["labels"], b["labels"])
-    assert torch.allclose(a["scores"], b["scores"], atol=atol) and torch.allclose(a["boxes"], b["boxes"], atol=100 * atol)
+    assert torch.allclose(a["scores"], b["scores"], atol=atol) and torch.allclose(
+        a["boxes"], b["boxes"], atol=100 * atol
+    )
 
 
 def test_a_path_an_image_and_an_array_are_the_same_picture(checkpoint, tmp_path):
@@ -53,7 +75,10 @@ def test_a_path_an_image_and_an_array_are_the_same_picture(checkpoint, tmp_path)
     for other in (tmp_path / "photo.png", image, np.asarray(image), torch.from_numpy(np.array(image))):
         same(detector(other), found)
     middle = float(found["scores"][10])
-    assert len(detector(image, threshold=middle)["scores"]) == 11 and len(load(checkpoint, threshold=middle)(image)["names"]) == 11
+    assert (
+        len(detector(image, threshold=middle)["scores"]) == 11
+        and len(load(checkpoint, threshold=middle)(image)["names"]) == 11
+    )
 
 
 def test_a_list_gives_a_list_in_its_order(checkpoint):
@@ -72,8 +97,21 @@ def tiny_family(tmp_path_factory):
 
     def make(family, detector="detr"):
         torch.manual_seed(3)
-        config = DEFAULTS | dict(detector=detector, size="nano", backbone=f"tiny-{family}", backbone_weights="none", num_classes=3, num_queries=20, hidden_dim=32, num_heads=2,
-                                 ffn_dim=32, encoder_layers=1, decoder_layers=2, copies=8, image_size=100)  # fmt: skip
+        config = DEFAULTS | dict(
+            detector=detector,
+            size="nano",
+            backbone=f"tiny-{family}",
+            backbone_weights="none",
+            num_classes=3,
+            num_queries=20,
+            hidden_dim=32,
+            num_heads=2,
+            ffn_dim=32,
+            encoder_layers=1,
+            decoder_layers=2,
+            num_denoising=8,
+            image_size=100,
+        )
         model = build_model(config)[0]
         with torch.no_grad():
             for parameter in model.parameters():
@@ -82,14 +120,16 @@ def tiny_family(tmp_path_factory):
                 if name.endswith("bias") and any(name.startswith(layer) for layer in model.class_layers()):
                     parameter.zero_()
         path = tmp_path_factory.mktemp(family) / "best.pth"
-        save_checkpoint(path, {"model": model.state_dict(), "config": config, "classes": CLASSES, "category_ids": [3, 5, 90]})
+        save_checkpoint(
+            path, {"model": model.state_dict(), "config": config, "classes": CLASSES, "category_ids": [3, 5, 90]}
+        )
         return path
 
     return make
 
 
 def furthest_apart(one, other, least=0.05):
-    """Two sets of detections with scores of at least `least` -> how far the two are apart at most, in score and in shares of 100 pixels."""
+    """Two sets of detections with scores of at least `least` -> the largest difference, in score or in 100 pixels."""
     worst = 0.0
     for a, b in ((one, other), (other, one)):
         for score, label, box in zip(a["scores"], a["labels"], a["boxes"]):
@@ -99,10 +139,23 @@ def furthest_apart(one, other, least=0.05):
     return worst
 
 
-@pytest.mark.parametrize("family, detector", [("dinov2", "detr"), ("ecvit", "detr"), ("convnext", "detr"), ("ecvit", "ecdet"), ("ecvit", "dino"), ("ecvit", "detr-2020"), ("convnext", "ssd")])
+@pytest.mark.parametrize(
+    "family, detector",
+    [
+        ("dinov2", "detr"),
+        ("ecvit", "detr"),
+        ("convnext", "detr"),
+        ("ecvit", "ecdet"),
+        ("ecvit", "dino"),
+        ("ecvit", "detr-2020"),
+        ("convnext", "ssd"),
+    ],
+)
 def test_what_is_found_in_an_image_does_not_depend_on_its_company(family, detector, tiny_family):
     detector = load(tiny_family(family, detector), threshold=0.0, device="cpu")
-    images = [photo(size) for size in ((90, 70), (70, 90), (200, 60), (128, 128), (91, 70), (60, 200), (300, 40), (90, 70))]
+    images = [
+        photo(size) for size in ((90, 70), (70, 90), (200, 60), (128, 128), (91, 70), (60, 200), (300, 40), (90, 70))
+    ]
     images[-1] = images[-1].rotate(180)
     among = detector(images)
     assert max(len(d["scores"]) for d in among) > 10 and max(float(d["scores"].max()) for d in among) > 0.05
@@ -120,8 +173,15 @@ def test_evaluation_finds_what_a_detector_finds(tiny_family, tmp_path, monkeypat
         records.append(make_record(i, folder / f"{i}.png", size, [(1, 1, 30, 30, 0, 841, False)]))
     split, detector = Split("val", CLASSES, [3, 5, 90], records), load(path, threshold=0.0, device="cpu")
     batches = evaluation_batches(split, 4, 32, 100)
-    assert sorted(i for batch in batches for i in batch) == list(range(6)) and [0, 3] in batches and [2, 4] in batches and len(batches) == 4
-    loader = torch.utils.data.DataLoader(DetectionDataset(split, eval_transforms(100)), batch_sampler=batches, collate_fn=collate)
+    assert (
+        sorted(i for batch in batches for i in batch) == list(range(6))
+        and [0, 3] in batches
+        and [2, 4] in batches
+        and len(batches) == 4
+    )
+    loader = torch.utils.data.DataLoader(
+        DetectionDataset(split, eval_transforms(100)), batch_sampler=batches, collate_fn=collate
+    )
     found = evaluate(detector.model, detector.postprocess, loader, split, torch.device("cpu"))[2]
     for i in range(6):
         assert furthest_apart(detector(folder / f"{i}.png"), found[i]) < 1e-4
@@ -135,17 +195,27 @@ def test_an_image_with_many_objects_gets_as_many_detections_as_there_are_queries
         if detector == "ssd":
             assert (postprocess.ssd.detections_per_img, postprocess.ssd.topk_candidates) == (700, 700)
             continue
-        outputs = {"pred_logits": torch.randn(1, queries, 4 if detector == "detr-2020" else 3), "pred_boxes": torch.rand(1, queries, 4)}
+        outputs = {
+            "pred_logits": torch.randn(1, queries, 4 if detector == "detr-2020" else 3),
+            "pred_boxes": torch.rand(1, queries, 4),
+        }
         assert len(postprocess(outputs, torch.tensor([[100, 100]]))[0]["scores"]) == queries
         few = {key: value[:, :60] for key, value in outputs.items()}
-        assert len(postprocess(few, torch.tensor([[100, 100]]))[0]["scores"]) == (60 if detector == "detr-2020" else 180)
+        assert len(postprocess(few, torch.tensor([[100, 100]]))[0]["scores"]) == (
+            60 if detector == "detr-2020" else 180
+        )
 
 
 def test_what_is_no_picture_is_refused(checkpoint, tmp_path):
     detector = load(checkpoint)
     (tmp_path / "broken.jpg").write_text("no picture")
-    for wrong, message in (("nowhere.jpg", "nowhere.jpg: can't be read"), (tmp_path / "broken.jpg", "broken.jpg: can't be read"),
-                           (np.zeros((4, 4, 3)), "float64 of shape"), (np.zeros((3, 4, 4), np.uint8), r"uint8 of shape \(3, 4, 4\)"), (7, "not int")):  # fmt: skip
+    for wrong, message in (
+        ("nowhere.jpg", "nowhere.jpg: can't be read"),
+        (tmp_path / "broken.jpg", "broken.jpg: can't be read"),
+        (np.zeros((4, 4, 3)), "float64 of shape"),
+        (np.zeros((3, 4, 4), np.uint8), r"uint8 of shape \(3, 4, 4\)"),
+        (7, "not int"),
+    ):
         with pytest.raises(UserError, match=message):
             detector(wrong)
 
@@ -157,13 +227,24 @@ def test_a_folder_of_the_hub_gives_the_same_detections(checkpoint, tmp_path, mon
     same(load(tmp_path / "mine", threshold=0.0)(image), detector(image))
     again = read_checkpoint(tmp_path / "mine")
     original = read_checkpoint(checkpoint)
-    assert again["classes"] == original["classes"] and again["config"] == original["config"] and again["category_ids"] == [3, 5, 90]
+    assert (
+        again["classes"] == original["classes"]
+        and again["config"] == original["config"]
+        and again["category_ids"] == [3, 5, 90]
+    )
     assert all(torch.equal(again["model"][key], value) for key, value in original["model"].items())
     card = (tmp_path / "mine" / "README.md").read_text()
-    assert "| AP | 0.500 |" in card and "AP_small" not in card and "cat, dog, emu" in card and "pipeline_tag: object-detection" in card
+    assert (
+        "| AP | 0.500 |" in card
+        and "AP_small" not in card
+        and "cat, dog, emu" in card
+        and "pipeline_tag: object-detection" in card
+    )
 
     asked = []
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: asked.append(name) or str(tmp_path / "mine"))
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda name, **options: asked.append(name) or str(tmp_path / "mine")
+    )
     same(load("someone/cats", threshold=0.0)(image), detector(image))
     assert asked == ["someone/cats"]
     (tmp_path / "mine" / "model.safetensors").write_bytes(b"cut")
@@ -180,7 +261,9 @@ def test_a_repository_that_can_not_be_had(monkeypatch):
         raise ConnectionError("no network")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(UserError, match="someone/cats: no such file or folder here, and not to be had from the hub .*no network"):
+    with pytest.raises(
+        UserError, match="someone/cats: no such file or folder here, and the hub can't provide it .*no network"
+    ):
         load("someone/cats")
 
 
@@ -196,7 +279,10 @@ def test_pushing_uploads_what_save_writes(checkpoint, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     load(checkpoint).push("me/cats", commit_message="first")
-    assert calls == [("me/cats", {"exist_ok": True}), ("me/cats", ["README.md", "config.json", "model.safetensors"], {"commit_message": "first"})]
+    assert calls == [
+        ("me/cats", {"exist_ok": True}),
+        ("me/cats", ["README.md", "config.json", "model.safetensors"], {"commit_message": "first"}),
+    ]
 
 
 def test_supervision_where_it_is_installed(checkpoint, monkeypatch):
@@ -210,4 +296,8 @@ def test_supervision_where_it_is_installed(checkpoint, monkeypatch):
         to_supervision(found)
     monkeypatch.setitem(__import__("sys").modules, "supervision", type("fake", (), {"Detections": Detections}))
     given = to_supervision(found)
-    assert given.xyxy.shape == (30, 4) and given.class_id.dtype == np.int64 and list(given.data["class_name"]) == found["names"]
+    assert (
+        given.xyxy.shape == (30, 4)
+        and given.class_id.dtype == np.int64
+        and list(given.data["class_name"]) == found["names"]
+    )

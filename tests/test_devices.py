@@ -11,9 +11,15 @@ from errors import UserError
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
 
-@pytest.mark.parametrize("bfloat16, capability, training, detecting", [
-    (True, (8, 0), "bfloat16", "bfloat16"), (False, (7, 5), "float16", "float16"), (False, (7, 0), "float16", "float16"), (False, (6, 1), "float32", "float32"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "bfloat16, capability, training, detecting",
+    [
+        (True, (8, 0), "bfloat16", "bfloat16"),
+        (False, (7, 5), "float16", "float16"),
+        (False, (7, 0), "float16", "float16"),
+        (False, (6, 1), "float32", "float32"),
+    ],
+)
 def test_a_gpu_computes_in_what_it_is_fast_at(bfloat16, capability, training, detecting, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bfloat16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -28,12 +34,12 @@ def test_a_gpu_computes_in_what_it_is_fast_at(bfloat16, capability, training, de
 
 def test_a_cpu_detects_in_float32_unless_it_is_told_otherwise(monkeypatch):
     for amx, avx512 in ((True, True), (True, False), (False, True), (False, False)):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512, raising=False)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx, raising=False)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx512=avx512: avx512, raising=False)
         assert choose_precision("auto", CPU, training=False) == "float32"
         assert choose_precision("auto", CPU) == ("bfloat16" if amx or avx512 else "float32")
         assert choose_precision("bfloat16", CPU, training=False) == "bfloat16"
-    with pytest.raises(UserError, match="--precision int8: it is auto, float32"):
+    with pytest.raises(UserError, match="--precision int8: has to be auto, float32"):
         choose_precision("int8", CPU)
 
 
@@ -44,7 +50,7 @@ def test_every_script_takes_the_same_device(monkeypatch):
     assert choose_device() == CUDA and choose_device(3) == torch.device("cuda:3")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device(0) == CPU  # several processes on a Mac
-    for script in ("train", "infer", "evaluate", "detector", "export", "benchmark", "features"):
+    for script in ("train", "infer", "evaluate", "detector", "export", "tools/benchmark", "tools/features"):
         assert "cuda.is_available" not in (weights.Path(devices.__file__).parent / f"{script}.py").read_text(), script
 
 
@@ -55,8 +61,13 @@ def test_autocast_is_what_it_says():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
 
 
-@pytest.mark.parametrize("name, weighed", [("ecvitt", True), ("vggt-vitl14", True), ("mae-vitb16", True), ("dinov2-small", False), ("mum-vitl16", False)])
-def test_a_licence_that_forbids_commercial_use_is_said_before_the_download(name, weighed, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "name, weighed",
+    [("ecvitt", True), ("vggt-vitl14", True), ("mae-vitb16", True), ("dinov2-small", False), ("mum-vitl16", False)],
+)
+def test_a_licence_that_forbids_commercial_use_is_said_before_the_download(
+    name, weighed, tmp_path, monkeypatch, capsys
+):
     """And what is free instead; nothing is said of what is here already."""
     from backbones import build_backbone
 
@@ -90,10 +101,14 @@ def test_a_released_detector_says_it_too(tmp_path, monkeypatch, capsys):
         assert capsys.readouterr().out.count("licence forbids commercial use") == 1
 
 
-@pytest.mark.parametrize("error, gated", [
-    (OSError("You are trying to access a gated repo."), True), (OSError("/data/401/403.bin: No such file or directory"), False),
-    (OSError("sha256 401ab403 differs"), False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "error, gated",
+    [
+        (OSError("You are trying to access a gated repo."), True),
+        (OSError("/data/401/403.bin: No such file or directory"), False),
+        (OSError("sha256 401ab403 differs"), False),
+    ],
+)
 def test_a_path_with_401_in_it_is_not_a_gated_repository(error, gated):
     assert weights.is_gated(error) == gated
     wrapped = OSError("it failed")

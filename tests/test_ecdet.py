@@ -6,17 +6,19 @@ import torch
 from conftest import ROOT, reference_weight
 
 from backbones import build_backbone
-from denoising import make_denoising
 from detr_loss import HungarianMatcher, to_xyxy
 from detr_model import build_model
-from ecdet_loss import RefinementCriterion, union_of_matches
+from ecdet_loss import RefinementCriterion, bin_distances, corners_to_boxes, union_of_matches
 from ecdet_model import SIZES, ECDet, position_embedding
-from refinement import bin_distances, corners_to_boxes
+from layers import make_denoising
 
 GOLDEN = np.load(ROOT / "tests" / "parity" / "golden_ecdet.npz")
 CONSTANTS = {"decoder.up", "decoder.reg_scale", "decoder.decoder.up", "decoder.decoder.reg_scale"}
 TARGETS = [
-    {"labels": torch.tensor([1, 17, 60]), "boxes": torch.tensor([[0.5, 0.5, 0.4, 0.3], [0.2, 0.3, 0.1, 0.2], [0.8, 0.7, 0.3, 0.5]])},
+    {
+        "labels": torch.tensor([1, 17, 60]),
+        "boxes": torch.tensor([[0.5, 0.5, 0.4, 0.3], [0.2, 0.3, 0.1, 0.2], [0.8, 0.7, 0.3, 0.5]]),
+    },
     {"labels": torch.tensor([0]), "boxes": torch.tensor([[0.4, 0.6, 0.7, 0.6]])},
 ]
 
@@ -31,7 +33,9 @@ def test_weights_have_the_names_and_shapes_of_the_released_files(size):
     with torch.device("meta"):
         state = build(size).state_dict()
     keys = json.loads((ROOT / "tests" / "parity" / f"keys_ecdet_{size}.json").read_text())
-    assert {key: list(value.shape) for key, value in state.items()} == {k: shape for k, shape in keys.items() if k not in CONSTANTS}
+    assert {key: list(value.shape) for key, value in state.items()} == {
+        k: shape for k, shape in keys.items() if k not in CONSTANTS
+    }
 
 
 def no_padding(images):
@@ -42,7 +46,10 @@ def reference_model(size):
     """ECDet with the weights that the reference implementation was filled with, and the input of its figures."""
     model = build(size)
     state = model.state_dict()
-    constant = lambda key, value: not value.is_floating_point() or key.endswith(("num_points_scale", "periods"))
+
+    def constant(key, value):
+        return not value.is_floating_point() or key.endswith(("num_points_scale", "periods"))
+
     model.load_state_dict({k: v if constant(k, v) else reference_weight(k, v.shape) for k, v in state.items()})
     shape = tuple(int(n) for n in GOLDEN[f"ecdet_{size}/shape"])
     values = np.random.Generator(np.random.PCG64(int(GOLDEN[f"ecdet_{size}/seed"]))).standard_normal(shape)
@@ -83,7 +90,9 @@ def test_bins_are_symmetric_and_dense_around_zero():
     assert len(bins) == 33 and bins[16] == 0 and torch.allclose(bins, -bins.flip(0)) and bins[-1] == 4
     assert (bins.diff() > 0).all() and bins[17] < 0.1 and bins[31] == pytest.approx(2.0)
     box = torch.tensor([[0.5, 0.5, 0.2, 0.4]])
-    assert torch.allclose(corners_to_boxes(box, torch.zeros(1, 132)), box)  # an even distribution leaves the box as it is
+    assert torch.allclose(
+        corners_to_boxes(box, torch.zeros(1, 132)), box
+    )  # an even distribution leaves the box as it is
 
 
 def test_a_query_goes_to_the_target_that_most_outputs_gave_it():
@@ -106,10 +115,27 @@ def test_any_multiple_of_32_and_pictures_without_objects(shape):
     sum(losses.values()).backward()
 
 
-@pytest.mark.parametrize("backbone, shape", [("dinov3-vits16", (48, 80)), ("dinov2-small", (42, 70)), ("dinov3-convnext-tiny", (64, 96)), ("ecvitt", (64, 64)), ("ecvit-nano", (50, 90))])
+@pytest.mark.parametrize(
+    "backbone, shape",
+    [
+        ("dinov3-vits16", (48, 80)),
+        ("dinov2-small", (42, 70)),
+        ("dinov3-convnext-tiny", (64, 96)),
+        ("ecvitt", (64, 64)),
+        ("ecvit-nano", (50, 90)),
+    ],
+)
 def test_any_backbone_feeds_it(backbone, shape):
     torch.manual_seed(0)
-    config = dict(detector="ecdet", size="m", backbone=backbone, backbone_weights=None, num_classes=3, num_queries=15, decoder_layers=2)
+    config = dict(
+        detector="ecdet",
+        size="m",
+        backbone=backbone,
+        backbone_weights=None,
+        num_classes=3,
+        num_queries=15,
+        decoder_layers=2,
+    )
     model, criterion, postprocess = build_model(config)
     images = torch.randn(2, 3, *shape)
     targets = [{"labels": t["labels"] % 3, "boxes": t["boxes"]} for t in TARGETS]
@@ -125,7 +151,7 @@ def test_any_backbone_feeds_it(backbone, shape):
 
 
 def test_boxes_are_relative_to_the_picture_without_its_padding():
-    """An untrained head leaves every box on its anchor: a cell's centre, 0.05 of the padded picture wide on the finest level."""
+    """An untrained head leaves every box on its anchor: a cell's centre, 0.05 of the padded image on level 0."""
     torch.manual_seed(0)
     model = build("nano", num_classes=3, num_queries=40).eval()
     images = torch.randn(2, 3, 64, 128)
@@ -150,8 +176,13 @@ def test_noisy_copies_change_nothing_for_the_matching_queries_or_for_other_group
     model.decoder.train()
     noisy, plain = model.decoder(levels, targets=TARGETS), model.decoder(levels)
     assert "denoising" in noisy and "denoising" not in plain
-    for a, b in zip((noisy, *noisy["aux_outputs"], noisy["pre"], noisy["enc"]), (plain, *plain["aux_outputs"], plain["pre"], plain["enc"])):
-        assert torch.allclose(a["pred_logits"], b["pred_logits"], atol=1e-4) and torch.allclose(a["pred_boxes"], b["pred_boxes"], atol=1e-5)
+    for a, b in zip(
+        (noisy, *noisy["aux_outputs"], noisy["pre"], noisy["enc"]),
+        (plain, *plain["aux_outputs"], plain["pre"], plain["enc"]),
+    ):
+        assert torch.allclose(a["pred_logits"], b["pred_logits"], atol=1e-4) and torch.allclose(
+            a["pred_boxes"], b["pred_boxes"], atol=1e-5
+        )
     blocked = make_denoising(TARGETS, 70, 20).blocked
     group = torch.arange(198) // 6  # 33 groups of three objects, positive and negative
     assert torch.equal(blocked[:, :198], group[:, None] != group[None]) and not blocked[:, 198:].any()
@@ -159,11 +190,16 @@ def test_noisy_copies_change_nothing_for_the_matching_queries_or_for_other_group
 
 def test_copies_of_an_object_are_moved_by_up_to_half_of_it_or_by_half_to_the_whole():
     torch.manual_seed(0)
-    targets = [{"labels": torch.tensor([2, 0]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.1], [0.4, 0.5, 0.1, 0.2]])}, {"labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.4, 0.2, 0.2]])}]
+    targets = [
+        {"labels": torch.tensor([2, 0]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.1], [0.4, 0.5, 0.1, 0.2]])},
+        {"labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.4, 0.2, 0.2]])},
+    ]
     noisy = make_denoising(targets, 40, 7)
     assert noisy.labels.shape == (2, 200) and noisy.boxes.shape == (2, 200, 4) and noisy.blocked.shape == (200, 207)
     image, query, target = noisy.matches
-    assert len(target) == 50 * 3 and set(target[image == 0].tolist()) == {0, 1} and set(target[image == 1].tolist()) == {2}
+    assert (
+        len(target) == 50 * 3 and set(target[image == 0].tolist()) == {0, 1} and set(target[image == 1].tolist()) == {2}
+    )
     every = torch.cat([t["boxes"] for t in targets])[target]
     shift = (to_xyxy(noisy.boxes[image, query]) - to_xyxy(every)) / every[:, [2, 3, 2, 3]]
     assert shift.abs().max() <= 0.5 + 1e-5 and shift.abs().mean() == pytest.approx(0.25, abs=0.03)
@@ -171,19 +207,30 @@ def test_copies_of_an_object_are_moved_by_up_to_half_of_it_or_by_half_to_the_who
     assert 0.65 < kept < 0.87  # a quarter drawn anew
     negative = (torch.arange(200) // 2 % 2 == 1)[None] & (noisy.labels < 40)
     negative[1, 1::2] = False
-    wide = noisy.boxes[0][negative[0]][::2, 2:] / 0.2  # of the first object: edges moved by 1..2 halves either way, maybe crossed
+    wide = (
+        noisy.boxes[0][negative[0]][::2, 2:] / 0.2
+    )  # of the first object: edges moved by 1..2 halves either way, maybe crossed
     assert (wide[:, 0] <= 3.01).all() and (wide[:, 0] > 1.01).any()
-    assert (noisy.labels[1, 1::2] == 40).all() and make_denoising([{"labels": torch.zeros(0, dtype=torch.long), "boxes": torch.zeros(0, 4)}], 40, 7) is None
+    assert (noisy.labels[1, 1::2] == 40).all() and make_denoising(
+        [{"labels": torch.zeros(0, dtype=torch.long), "boxes": torch.zeros(0, 4)}], 40, 7
+    ) is None
 
 
 def test_each_term_is_the_sum_over_pictures():
-    """A batch's unnormalised terms do not depend on what else is in it: two pictures together lose what each loses alone."""
+    """A batch's unnormalised terms don't depend on the rest of it: two images together lose what each loses alone."""
     torch.manual_seed(0)
     model = build("nano", num_classes=70, num_queries=30)
     model.decoder.train()
     levels = [torch.randn(2, 128, n, n) for n in (16, 8, 4)]
     outputs = model.decoder(levels)
-    take = lambda x, i: {k: take(v, i) for k, v in x.items()} if isinstance(x, dict) else [take(v, i) for v in x] if isinstance(x, list) else x[i : i + 1]
+
+    def take(x, i):
+        if isinstance(x, dict):
+            return {k: take(v, i) for k, v in x.items()}
+        if isinstance(x, list):
+            return [take(v, i) for v in x]
+        return x[i : i + 1]
+
     criterion = RefinementCriterion(HungarianMatcher(2, 5, 2))
     with torch.no_grad():
         both, alone = criterion(outputs, TARGETS), [criterion(take(outputs, i), TARGETS[i : i + 1]) for i in range(2)]
@@ -212,7 +259,9 @@ def test_in_bfloat16_positions_keep_their_digits():
     with torch.autocast("cpu", torch.bfloat16):
         found = attention(query, boxes, levels)
         outputs = model.train()(levels, targets=TARGETS)
-    assert (found - wanted).abs().mean() < 0.075 * wanted.abs().mean()  # offsets are rounded, which gives 0.055; rounded positions would give 0.095
+    assert (
+        (found - wanted).abs().mean() < 0.075 * wanted.abs().mean()
+    )  # offsets are rounded, which gives 0.055; rounded positions would give 0.095
     losses = RefinementCriterion(HungarianMatcher(2, 5, 2))(outputs, TARGETS)
     sum(losses.values()).backward()
     assert all(torch.isfinite(value) for value in losses.values()) and outputs["pred_boxes"].dtype == torch.float32

@@ -19,14 +19,34 @@ from settings import DEFAULTS
 
 def write_checkpoint(path, detector, **more):
     torch.manual_seed(0)
-    config = DEFAULTS | dict(detector=detector, size="nano", backbone="ecvit-nano", backbone_weights="none", num_classes=3, num_queries=30, hidden_dim=32, num_heads=2, ffn_dim=32,
-                             encoder_layers=1, decoder_layers=2, copies=8, image_size=96) | more  # fmt: skip
+    config = (
+        DEFAULTS
+        | dict(
+            detector=detector,
+            size="nano",
+            backbone="ecvit-nano",
+            backbone_weights="none",
+            num_classes=3,
+            num_queries=30,
+            hidden_dim=32,
+            num_heads=2,
+            ffn_dim=32,
+            encoder_layers=1,
+            decoder_layers=2,
+            num_denoising=8,
+            image_size=96,
+        )
+        | more
+    )
     model = build_model(config)[0]
     with torch.no_grad():
         for name, parameter in model.named_parameters():  # heads that start at zero would find the same everywhere
             if not name.startswith("backbone.") and parameter.ndim > 1:
                 parameter += 0.05 * torch.randn_like(parameter)
-    save_checkpoint(path, {"model": model.state_dict(), "config": config, "classes": ["cat", "dog", "emu"], "category_ids": [3, 5, 90]})
+    save_checkpoint(
+        path,
+        {"model": model.state_dict(), "config": config, "classes": ["cat", "dog", "emu"], "category_ids": [3, 5, 90]},
+    )
     return path
 
 
@@ -34,56 +54,115 @@ def test_the_size_of_a_fixed_graph_is_not_asked_for_in_vain(tmp_path, monkeypatc
     """An option that would be ignored is refused; a graph for any size follows it."""
     picture = photo(tmp_path / "photo.png", (128, 96))
     for any_size in (False, True):
-        checkpoint, found = write_checkpoint(tmp_path / "best.pth", "detr"), []
-        status, _, err = called(export.main, [checkpoint, "--picture", picture, "--format", "torch", "--out", tmp_path / "a.pt2"] + ["--any-size"] * any_size, monkeypatch, capsys)
+        checkpoint = write_checkpoint(tmp_path / "best.pth", "detr")
+        status, _, err = called(
+            export.main,
+            [checkpoint, "--picture", picture, "--format", "torch", "--out", tmp_path / "a.pt2"]
+            + ["--any-size"] * any_size,
+            monkeypatch,
+            capsys,
+        )
         assert status == 0, err
-        arguments = [picture, "--checkpoint", tmp_path / "a.pt2", "--image-size", 64, "--threshold", 0, "--out", tmp_path / "found"]
+        arguments = [
+            picture,
+            "--checkpoint",
+            tmp_path / "a.pt2",
+            "--image-size",
+            64,
+            "--threshold",
+            0,
+            "--out",
+            tmp_path / "found",
+        ]
         status, _, err = called(infer.main, arguments, monkeypatch, capsys)
         if any_size:
             assert status == 0, err
             at = [load(tmp_path / "a.pt2", threshold=0.0, image_size=size)(picture)["scores"] for size in (64, 96)]
             assert (at[0] - at[1]).abs().max() > 1e-4
         else:
-            assert status == 2 and "--image-size 64: " in err and "was exported for 96x128 alone; export it with --any-size" in err
+            assert (
+                status == 2
+                and "--image-size 64: " in err
+                and "was exported for 96x128 alone; export it with --any-size" in err
+            )
         status, _, err = called(infer.main, [*arguments[:3], "--precision", "bfloat16"], monkeypatch, capsys)
         assert status == 2 and "computes as it was exported" in err
 
 
 def photo(path, size):
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)).resize((9, 7)).resize(size).save(path)
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)).resize(
+        (9, 7)
+    ).resize(size).save(path)
     return path
 
 
 @pytest.mark.parametrize(
     "detector, form, square, any_size",
-    [("detr", "onnx", False, False), ("ecdet", "onnx", True, False), ("detr", "onnx", False, True), ("ecdet", "onnx", False, True),
-     ("detr", "torch", True, False), ("ecdet", "torch", False, False), ("detr", "torch", False, True)],
-)  # fmt: skip
-def test_an_exported_file_detects_what_the_checkpoint_does(detector, form, square, any_size, tmp_path, monkeypatch, capsys):
+    [
+        ("detr", "onnx", False, False),
+        ("ecdet", "onnx", True, False),
+        ("detr", "onnx", False, True),
+        ("ecdet", "onnx", False, True),
+        ("detr", "torch", True, False),
+        ("ecdet", "torch", False, False),
+        ("detr", "torch", False, True),
+    ],
+)
+def test_an_exported_file_detects_what_the_checkpoint_does(
+    detector, form, square, any_size, tmp_path, monkeypatch, capsys
+):
     if form == "onnx":
         pytest.importorskip("onnxruntime")
         pytest.importorskip("onnxscript")
     checkpoint = write_checkpoint(tmp_path / "best.pth", detector, square=square)
     picture = photo(tmp_path / "photo.png", (96, 96) if square else (128, 96))
-    status, out, err = called(export.main, [checkpoint, "--picture", picture, "--format", form] + ["--any-size"] * any_size, monkeypatch, capsys)
+    status, out, err = called(
+        export.main,
+        [checkpoint, "--picture", picture, "--format", form] + ["--any-size"] * any_size,
+        monkeypatch,
+        capsys,
+    )
     assert status == 0, err
     file = tmp_path / ("best.onnx" if form == "onnx" else "best.pt2")
     assert file.exists() and ("any size" if any_size else "96x96" if square else "96x128") in out
     assert "differs from PyTorch by" in out and "ms, PyTorch" in out
     pictures = [picture, photo(tmp_path / "tall.png", (96, 160))] if any_size else [picture, picture]
-    ours, theirs = load(checkpoint, device="cpu", threshold=0.0)(pictures, batch_size=1), load(file, threshold=0.0)(pictures)
+    ours, theirs = (
+        load(checkpoint, device="cpu", threshold=0.0)(pictures, batch_size=1),
+        load(file, threshold=0.0)(pictures),
+    )
     for a, b in zip(ours, theirs):  # of sizes that need no resizing: the same pixels
-        score, pixels = furthest([a[key] for key in ("scores", "labels", "boxes")], [b[key] for key in ("scores", "labels", "boxes")])
+        score, pixels = furthest(
+            [a[key] for key in ("scores", "labels", "boxes")], [b[key] for key in ("scores", "labels", "boxes")]
+        )
         assert score < 1e-3 and pixels < 0.5 and len(b["scores"]) == len(a["scores"])
-    status, out, err = called(infer.main, [photo(tmp_path / "other.png", (300, 200)), "--checkpoint", file, "--threshold", 0, "--out", tmp_path / "found"], monkeypatch, capsys)
+    status, out, err = called(
+        infer.main,
+        [
+            photo(tmp_path / "other.png", (300, 200)),
+            "--checkpoint",
+            file,
+            "--threshold",
+            0,
+            "--out",
+            tmp_path / "found",
+        ],
+        monkeypatch,
+        capsys,
+    )
     assert status == 0, err
     rows = json.loads((tmp_path / "found" / "detections.json").read_text())
-    assert {row["category_id"] for row in rows} <= {3, 5, 90} and all(row["bbox"][0] + row["bbox"][2] <= 300.1 and row["bbox"][1] + row["bbox"][3] <= 200.1 for row in rows)
+    assert {row["category_id"] for row in rows} <= {3, 5, 90} and all(
+        row["bbox"][0] + row["bbox"][2] <= 300.1 and row["bbox"][1] + row["bbox"][3] <= 200.1 for row in rows
+    )
 
 
 def test_mistakes_in_exporting(tmp_path, monkeypatch, capsys):
     checkpoint = write_checkpoint(tmp_path / "best.pth", "detr")
-    for arguments, message in (([checkpoint, "--image-size", 100, 96], "both have to be multiples of 32"), ([write_checkpoint(tmp_path / "ssd.pth", "ssd"), "--format", "torch"], "ssd is not exported")):
+    for arguments, message in (
+        ([checkpoint, "--image-size", 100, 96], "both have to be multiples of 32"),
+        ([write_checkpoint(tmp_path / "ssd.pth", "ssd"), "--format", "torch"], "ssd is not exported"),
+    ):
         status, _, err = called(export.main, arguments, monkeypatch, capsys)
         assert status == 2 and message in err
     monkeypatch.setitem(sys.modules, "onnx", None)
@@ -108,11 +187,18 @@ def test_a_graph_that_differs_is_not_written(tmp_path, monkeypatch, capsys):
 
 
 def test_the_difference_of_two_detections():
-    a = torch.tensor([0.9, 0.5, 0.5]), torch.tensor([0, 1, 1]), torch.tensor([[0, 0, 5, 5], [1, 1, 4, 4], [7, 7, 9, 9]]).float()
+    a = (
+        torch.tensor([0.9, 0.5, 0.5]),
+        torch.tensor([0, 1, 1]),
+        torch.tensor([[0, 0, 5, 5], [1, 1, 4, 4], [7, 7, 9, 9]]).float(),
+    )
     assert furthest(a, a) == (0.0, 0.0)
     swapped = [part[[0, 2, 1]] for part in a]
     assert furthest(a, swapped) == (0.0, 0.0)
     moved = a[0], a[1], a[2] + torch.tensor([0, 0, 0, 0.25])
     assert furthest(a, moved) == (0.0, 0.25)
-    assert furthest(a, (a[0], torch.tensor([0, 1, 2]), a[2])) == (0.0, 6.0)  # the third has no other of its class but the second
+    assert furthest(a, (a[0], torch.tensor([0, 1, 2]), a[2])) == (
+        0.0,
+        6.0,
+    )  # the third has no other of its class but the second
     assert furthest(a, (a[0], torch.tensor([2, 2, 2]), a[2])) == (float("inf"), float("inf"))

@@ -10,35 +10,58 @@ from conftest import write_coco
 from PIL import Image
 
 import datasets
-from datasets import DetectionDataset, suspicions
+from datasets import DetectionDataset, find_problems
 from errors import UserError
 from layouts import load_splits
 
 
 def write_xml(path, record, classes):
     objects = "".join(
-        f"<object><name>{classes[label]}</name><difficult>{int(ignored)}</difficult><bndbox><xmin>{x1 + 1!r}</xmin><ymin>{y1 + 1!r}</ymin><xmax>{x2!r}</xmax><ymax>{y2!r}</ymax></bndbox></object>"
+        f"<object><name>{classes[label]}</name><difficult>{int(ignored)}</difficult><bndbox><xmin>{x1 + 1!r}</xmin>"
+        f"<ymin>{y1 + 1!r}</ymin><xmax>{x2!r}</xmax><ymax>{y2!r}</ymax></bndbox></object>"
         for (x1, y1, x2, y2), label, ignored in zip(record.boxes.tolist(), record.labels, record.ignored)
     )
-    path.write_text(f"<annotation><size><width>{record.width}</width><height>{record.height}</height><depth>3</depth></size>{objects}</annotation>")
+    path.write_text(
+        f"<annotation><size><width>{record.width}</width><height>{record.height}</height><depth>3</depth></size>{objects}</annotation>"
+    )
 
 
 def write_labels(path, record):
     lines = []
     for (x1, y1, x2, y2), label in zip(record.boxes.tolist(), record.labels):
-        values = (x1 + x2) / 2 / record.width, (y1 + y2) / 2 / record.height, (x2 - x1) / record.width, (y2 - y1) / record.height
+        values = (
+            (x1 + x2) / 2 / record.width,
+            (y1 + y2) / 2 / record.height,
+            (x2 - x1) / record.width,
+            (y2 - y1) / record.height,
+        )
         lines.append(" ".join([str(label), *map(repr, values)]))
     path.write_text("\n".join(lines))
 
 
 def as_coco(records, classes, first_id=1, umbrella=False, prefix=""):
     categories = [{"id": 0, "name": "things", "supercategory": "none"}] * umbrella
-    categories += [{"id": i + first_id, "name": name, "supercategory": "things" if umbrella else ""} for i, name in enumerate(classes)]
-    images = [{"id": i, "file_name": prefix + r.path.name, "width": r.width, "height": r.height} for i, r in enumerate(records)]
+    categories += [
+        {"id": i + first_id, "name": name, "supercategory": "things" if umbrella else ""}
+        for i, name in enumerate(classes)
+    ]
+    images = [
+        {"id": i, "file_name": prefix + r.path.name, "width": r.width, "height": r.height}
+        for i, r in enumerate(records)
+    ]
     annotations = []
     for i, record in enumerate(records):
         for (x1, y1, x2, y2), label in zip(record.boxes.tolist(), record.labels.tolist()):
-            annotations.append({"id": len(annotations), "image_id": i, "category_id": label + first_id, "bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1), "iscrowd": 0})
+            annotations.append(
+                {
+                    "id": len(annotations),
+                    "image_id": i,
+                    "category_id": label + first_id,
+                    "bbox": [x1, y1, x2 - x1, y2 - y1],
+                    "area": (x2 - x1) * (y2 - y1),
+                    "iscrowd": 0,
+                }
+            )
     return json.dumps({"categories": categories, "images": images, "annotations": annotations})
 
 
@@ -74,7 +97,10 @@ def to_voc(root, train, val):
 
 def to_voc_years(root, train, val):
     half = len(train.records) // 2
-    halves = [type(train)(train.name, train.classes, train.category_ids, part) for part in (train.records[:half], train.records[half:])]
+    halves = [
+        type(train)(train.name, train.classes, train.category_ids, part)
+        for part in (train.records[:half], train.records[half:])
+    ]
     nothing = type(val)(val.name, val.classes, val.category_ids, [])
     to_voc(root / "VOCdevkit" / "VOC2007", halves[0], val)
     to_voc(root / "VOCdevkit" / "VOC2012", halves[1], nothing)
@@ -113,22 +139,36 @@ def to_yolo_export(root, train, val):
         (root / name / "labels").mkdir()
         for record in split.records:
             write_labels(root / name / "labels" / f"{record.path.stem}.txt", record)
-    (root / "data.yaml").write_text(f"train: ../train/images\nval: ../valid/images\n\nnc: {len(train.classes)}\nnames: {json.dumps(train.classes)}\n")
+    (root / "data.yaml").write_text(
+        "train: ../train/images\nval: ../valid/images\n\n"
+        f"nc: {len(train.classes)}\nnames: {json.dumps(train.classes)}\n"
+    )
 
 
 DOORS = {
-    "coco": to_coco, "roboflow": to_roboflow, "voc": to_voc, "voc-years": to_voc_years, "voc-folders": to_voc_folders, "voc-beside": to_voc_beside,
-    "yolo": to_yolo, "yolo-export": to_yolo_export,
-}  # fmt: skip
+    "coco": to_coco,
+    "roboflow": to_roboflow,
+    "voc": to_voc,
+    "voc-years": to_voc_years,
+    "voc-folders": to_voc_folders,
+    "voc-beside": to_voc_beside,
+    "yolo": to_yolo,
+    "yolo-export": to_yolo_export,
+}
 NAMES = {"voc-years": "voc", "voc-beside": "voc-folders", "yolo-export": "yolo"}
 
 
 def targets_of(split):
     """{the picture's content: (size, boxes, class names)}, whatever its name or number."""
     return {
-        hashlib.sha256(r.path.read_bytes()).hexdigest(): ((r.width, r.height), r.boxes.round(6).tolist(), [split.classes[label] for label in r.labels], r.ignored.tolist())
+        hashlib.sha256(r.path.read_bytes()).hexdigest(): (
+            (r.width, r.height),
+            r.boxes.round(6).tolist(),
+            [split.classes[label] for label in r.labels],
+            r.ignored.tolist(),
+        )
         for r in split.records
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +198,10 @@ def test_a_single_file_is_split_the_same_way_every_time(made, tmp_path, capsys):
     for i, record in enumerate(records):
         (tmp_path / "images").mkdir(exist_ok=True)
         Image.open(record.path).save(tmp_path / "images" / f"{i}.png")
-    renamed = [type(r)(i, tmp_path / "images" / f"{i}.png", r.width, r.height, r.boxes, r.labels, r.areas, r.ignored) for i, r in enumerate(records)]
+    renamed = [
+        type(r)(i, tmp_path / "images" / f"{i}.png", r.width, r.height, r.boxes, r.labels, r.areas, r.ignored)
+        for i, r in enumerate(records)
+    ]
     (tmp_path / "labels.json").write_text(as_coco(renamed, made[0].classes))
     first, again, half = load_splits(tmp_path), load_splits(tmp_path), load_splits(tmp_path, val_fraction=0.5)
     assert "json layout" in capsys.readouterr().out
@@ -167,8 +210,8 @@ def test_a_single_file_is_split_the_same_way_every_time(made, tmp_path, capsys):
     everything = type(made[0])("all", made[0].classes, [], renamed)
     assert targets_of(first[0]) | targets_of(first[1]) == targets_of(everything)
     assert not targets_of(first[0]).keys() & targets_of(first[1]).keys()
-    assert any("8 pictures to train on, 2 to evaluate on" in remark for remark in first[0].remarks)
-    with pytest.raises(UserError, match="leaves a part without any"):
+    assert any("8 images to train on, 2 to evaluate on" in remark for remark in first[0].remarks)
+    with pytest.raises(UserError, match="leaves a split without any"):
         load_splits(tmp_path, val_fraction=0.01)
 
 
@@ -190,15 +233,23 @@ def test_yolos_polygons_become_their_boxes_and_mistakes_are_named(made, tmp_path
     labels.write_text("1 0.25 0.5 0.75 0.25 0.5 1.0\n")
     record = next(r for r in load_splits(tmp_path)[0].records if r.path.stem == "000")
     assert record.boxes.tolist() == [[0.25 * 64, 0.25 * 48, 0.75 * 64, 48]] and record.labels.tolist() == [1]
-    for line, message in (("2 0.5 0.5 0.1 0.1", "000.txt, line 1: .*wanted a class from 0 to 1"), ("0 0.5 0.5 x 0.1", "line 1"), ("0 0.5 0.5", "line 1")):
+    for line, message in (
+        ("2 0.5 0.5 0.1 0.1", "000.txt, line 1: .*expected a class from 0 to 1"),
+        ("0 0.5 0.5 x 0.1", "line 1"),
+        ("0 0.5 0.5", "line 1"),
+    ):
         labels.write_text(line)
         with pytest.raises(UserError, match=message):
             load_splits(tmp_path)
     labels.unlink()
     assert len(next(r for r in load_splits(tmp_path)[0].records if r.path.stem == "000").boxes) == 0
     yaml_file = tmp_path / "data.yaml"
-    for text, message in (("names: [a, b]\nval: images/val\n", "no train; it has names, val"), ("names: [a, b]\ntrain: nowhere\nval: images/val", "nowhere is not there; looked for"),
-                          ("train: images/train", "not YOLO's data.yaml"), ("names: [a", "not YOLO's data.yaml")):  # fmt: skip
+    for text, message in (
+        ("names: [a, b]\nval: images/val\n", "no train; it has names, val"),
+        ("names: [a, b]\ntrain: nowhere\nval: images/val", "nowhere does not exist; looked for"),
+        ("train: images/train", "not a YOLO data.yaml"),
+        ("names: [a", "not a YOLO data.yaml"),
+    ):
         yaml_file.write_text(text)
         with pytest.raises(UserError, match=message):
             load_splits(tmp_path)
@@ -228,9 +279,9 @@ def test_pictures_of_the_same_name_keep_apart(made, tmp_path):
 
 
 def test_what_is_suspicious_is_said(made, tmp_path, monkeypatch, capsys):
-    """Leaks, doubles, unseen and rare classes, thin, doubled and whole-picture boxes: each is found, and nothing else."""
+    """Leaks, doubles, unseen and rare classes, thin, doubled and whole-image boxes: each is found, and nothing else."""
     to_coco(tmp_path, *made)
-    clean = suspicions(*load_splits(tmp_path))
+    clean = find_problems(*load_splits(tmp_path))
     assert [line.split(":")[0] for line in clean] == ["classes with fewer than ten boxes in train2017"]
     shutil.copy(tmp_path / "train2017" / "001.png", tmp_path / "val2017" / "v001.png")
     shutil.copy(tmp_path / "train2017" / "002.png", tmp_path / "train2017" / "003.png")
@@ -246,14 +297,22 @@ def test_what_is_suspicious_is_said(made, tmp_path, monkeypatch, capsys):
             boxes[2]["bbox"], boxes[2]["category_id"] = boxes[3]["bbox"], boxes[3]["category_id"]
             boxes[4]["bbox"] = [0, 0, 64, 48]
         path.write_text(json.dumps(data))
-    found = suspicions(*load_splits(tmp_path))
-    wanted = ["1 pictures of val2017 are in train2017 too", "1 pictures are there more than once in their part", "classes of val2017 that train2017 has no box of: new",
-              "classes with fewer than ten boxes", "classes without any box: never", "1 boxes are one pixel wide", "1 boxes are there twice", "1 boxes are as large"]  # fmt: skip
+    found = find_problems(*load_splits(tmp_path))
+    wanted = [
+        "1 images of val2017 are in train2017 too",
+        "1 images are duplicates within their split",
+        "classes of val2017 without any box in train2017: new",
+        "classes with fewer than ten boxes",
+        "classes without any box: never",
+        "1 boxes are at most one pixel wide",
+        "1 boxes are duplicates with the same class",
+        "1 boxes are as large",
+    ]
     assert len(found) == len(wanted) and all(line.startswith(start) for line, start in zip(found, wanted)), found
     assert "v001.png" in found[0] and "000.png" in found[5]
     capsys.readouterr()
     monkeypatch.setattr("sys.argv", ["datasets.py", str(tmp_path), "--out", str(tmp_path / "samples.png")])
     datasets.main()
     said = capsys.readouterr().out
-    assert "train2017: 7 pictures, 14 boxes, 4 classes" in said and "sizes: 64x48 (7)" in said and found[0] in said
+    assert "train2017: 7 images, 14 boxes, 4 classes" in said and "sizes: 64x48 (7)" in said and found[0] in said
     assert Image.open(tmp_path / "samples.png").width > 4 * 480

@@ -8,7 +8,13 @@ from detr_loss import HungarianMatcher, PostProcess, SetCriterion, assign_dense,
 
 
 def random_targets(counts, classes=4):
-    return [{"labels": torch.randint(classes, (n,)), "boxes": torch.cat([torch.rand(n, 2) * 0.6 + 0.2, torch.rand(n, 2) * 0.3 + 0.05], 1)} for n in counts]
+    return [
+        {
+            "labels": torch.randint(classes, (n,)),
+            "boxes": torch.cat([torch.rand(n, 2) * 0.6 + 0.2, torch.rand(n, 2) * 0.3 + 0.05], 1),
+        }
+        for n in counts
+    ]
 
 
 def random_outputs(layers, batch, queries, classes):
@@ -34,7 +40,9 @@ def test_the_assignment_is_the_cheapest_of_all(class_loss):
         count = len(targets[b]["labels"])
         assert sorted(target[mine].tolist()) == list(range(count)) and len(set(query[mine].tolist())) == count
         found = cost[l, b][query[mine], target[mine]].sum()
-        best = min(sum(cost[l, b, q, t] for t, q in enumerate(order)) for order in itertools.permutations(range(5), count))
+        best = min(
+            sum(cost[l, b, q, t] for t, q in enumerate(order)) for order in itertools.permutations(range(5), count)
+        )
         assert found == pytest.approx(float(best), rel=1e-6)
 
 
@@ -53,13 +61,21 @@ def test_pictures_without_objects_and_batches_without_any():
     for counts in ([0, 2], [0, 0]):
         logits, boxes = random_outputs(1, 2, 6, 4)
         logits.requires_grad_()
-        outputs = {"pred_logits": logits[0], "pred_boxes": boxes[0], "aux_outputs": [], "dense": {"pred_logits": logits[0], "pred_boxes": boxes[0]}}
+        outputs = {
+            "pred_logits": logits[0],
+            "pred_boxes": boxes[0],
+            "aux_outputs": [],
+            "dense": {"pred_logits": logits[0], "pred_boxes": boxes[0]},
+        }
         losses = criterion(outputs, random_targets(counts))
         total = sum(losses.values())
         total.backward()
         assert torch.isfinite(total) and torch.isfinite(logits.grad).all()
         if counts == [0, 0]:
-            assert losses["loss_bbox"] == losses["loss_giou"] == losses["loss_bbox_dense"] == 0 and losses["loss_class"] > 0
+            assert (
+                losses["loss_bbox"] == losses["loss_giou"] == losses["loss_bbox_dense"] == 0
+                and losses["loss_class"] > 0
+            )
 
 
 def test_more_objects_than_queries_match_every_query():
@@ -75,7 +91,9 @@ def test_a_diverged_network_does_not_stop_the_matcher_and_shows_in_the_loss():
     targets = random_targets([2])
     matcher = HungarianMatcher()
     assert 2 not in matcher(logits, boxes, targets)[2]
-    loss = sum(SetCriterion(matcher)({"pred_logits": logits[0], "pred_boxes": boxes[0], "aux_outputs": []}, targets).values())
+    loss = sum(
+        SetCriterion(matcher)({"pred_logits": logits[0], "pred_boxes": boxes[0], "aux_outputs": []}, targets).values()
+    )
     assert not torch.isfinite(loss)
 
 
@@ -97,7 +115,10 @@ def test_a_perfect_prediction_costs_nothing_and_the_loss_grows_with_the_error():
     boxes = torch.rand(1, 4, 4) * 0.1 + 0.05
     boxes[0, 1], boxes[0, 3] = targets[0]["boxes"]
     criterion = SetCriterion(HungarianMatcher(2, 5, 2))
-    losses = [float(sum(criterion({"pred_logits": logits, "pred_boxes": boxes + e, "aux_outputs": []}, targets).values())) for e in (0, 0.01, 0.03)]
+    losses = [
+        float(sum(criterion({"pred_logits": logits, "pred_boxes": boxes + e, "aux_outputs": []}, targets).values()))
+        for e in (0, 0.01, 0.03)
+    ]
     assert losses[0] < 1e-4 < losses[1] < losses[2]
 
 
@@ -115,7 +136,9 @@ def test_detections_are_in_pixels_of_the_picture_best_first():
     assert found["labels"].tolist() == [1, 0]
     assert found["boxes"].tolist() == [[50, 25, 150, 75], [0, 0, pytest.approx(60), pytest.approx(30)]]
     found = PostProcess("softmax")(outputs, torch.tensor([[100, 200]]))[0]
-    assert found["labels"].tolist() == [0, 0] and found["scores"].tolist() == sorted(found["scores"].tolist(), reverse=True)
+    assert found["labels"].tolist() == [0, 0] and found["scores"].tolist() == sorted(
+        found["scores"].tolist(), reverse=True
+    )
 
 
 @pytest.mark.parametrize("class_loss", ["quality", "focal", "softmax"])
@@ -127,7 +150,12 @@ def test_a_batch_in_pieces_has_the_loss_of_the_whole(class_loss):
     if class_loss != "softmax":  # its scores are weighed within a device's images, as published
         outputs["dense"] = {"pred_logits": torch.randn(2, 30, 4), "pred_boxes": 0.3 + 0.4 * torch.rand(2, 30, 4)}
     targets = [{"labels": torch.randint(3, (n,)), "boxes": 0.3 + 0.4 * torch.rand(n, 4)} for n in (1, 7)]
-    cut = lambda x, i: {k: cut(v, i) for k, v in x.items()} if isinstance(x, dict) else x if isinstance(x, list) else x[i : i + 1]
+
+    def cut(x, i):
+        if isinstance(x, dict):
+            return {k: cut(v, i) for k, v in x.items()}
+        return x if isinstance(x, list) else x[i : i + 1]
+
     whole, pieces = criterion(outputs, targets), [criterion(cut(outputs, i), targets[i : i + 1], 8 / 2) for i in (0, 1)]
     alone = [criterion(cut(outputs, i), targets[i : i + 1]) for i in (0, 1)]
     for name, value in whole.items():

@@ -13,16 +13,26 @@ from errors import UserError
 from settings import DEFAULTS
 
 FAMILIES = {
-    "dinov2": "dinov2-small", "dinov2-reg": "dinov2-small-reg", "dinov3": "dinov3-vits16", "dinov3-gated": "dinov3-vits16plus", "clip": "clip-vitb32",
-    "mae": "mae-vitb16", "mum": "mum-vitl16", "vggt": "vggt-vitl14", "convnext": "dinov3-convnext-tiny", "ecvit": "ecvit-nano",
-}  # fmt: skip
+    "dinov2": "dinov2-small",
+    "dinov2-reg": "dinov2-small-reg",
+    "dinov3": "dinov3-vits16",
+    "dinov3-gated": "dinov3-vits16plus",
+    "clip": "clip-vitb32",
+    "mae": "mae-vitb16",
+    "mum": "mum-vitl16",
+    "vggt": "vggt-vitl14",
+    "convnext": "dinov3-convnext-tiny",
+    "ecvit": "ecvit-nano",
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def tiny_backbones():
     """A tiny backbone of every family, as tiny-FAMILY."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(ecvit.CONFIGS, "tiny-ecvit", dict(dim=32, heads=2, mlp_ratio=2, depth=2, pyramid_dim=None, skip=True))
+        patch.setitem(
+            ecvit.CONFIGS, "tiny-ecvit", dict(dim=32, heads=2, mlp_ratio=2, depth=2, pyramid_dim=None, skip=True)
+        )
         for family, name in FAMILIES.items():
             tiny = replace(BACKBONES[name], width=32, depth=2, heads=2, ffn=88 if family == "dinov3-gated" else 64)
             if family == "convnext":
@@ -37,12 +47,25 @@ def tiny_backbones():
 def test_any_backbone_serves_any_detector(family, detector, size):
     torch.manual_seed(0)
     config = DEFAULTS | dict(
-        detector=detector, size="nano", backbone=f"tiny-{family}", backbone_weights=None, num_classes=3, num_queries=12, hidden_dim=32, num_heads=2,
-        ffn_dim=32, encoder_layers=1, decoder_layers=2, copies=8,
-    )  # fmt: skip
+        detector=detector,
+        size="nano",
+        backbone=f"tiny-{family}",
+        backbone_weights=None,
+        num_classes=3,
+        num_queries=12,
+        hidden_dim=32,
+        num_heads=2,
+        ffn_dim=32,
+        encoder_layers=1,
+        decoder_layers=2,
+        num_denoising=8,
+    )
     images, mask = torch.randn(2, 3, *size), torch.zeros(2, *size, dtype=torch.bool)
     mask[1, :, 50:] = True
-    targets = [{"labels": torch.tensor([0, 2]), "boxes": torch.tensor([[0.5, 0.5, 0.4, 0.6], [0.3, 0.2, 0.1, 0.1]])}, {"labels": torch.zeros(0, dtype=torch.long), "boxes": torch.zeros(0, 4)}]
+    targets = [
+        {"labels": torch.tensor([0, 2]), "boxes": torch.tensor([[0.5, 0.5, 0.4, 0.6], [0.3, 0.2, 0.1, 0.1]])},
+        {"labels": torch.zeros(0, dtype=torch.long), "boxes": torch.zeros(0, 4)},
+    ]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model, criterion, postprocess = build_model(config)
@@ -59,7 +82,11 @@ def test_any_backbone_serves_any_detector(family, detector, size):
     assert outputs["pred_boxes"].shape[:2] == outputs["pred_logits"].shape[:2]
     for detections, (height, width) in zip(found, (size, (size[0], 50))):
         boxes = detections["boxes"]
-        assert boxes.shape == (len(detections["scores"]), 4) and (boxes >= 0).all() and (boxes <= torch.tensor([width, height, width, height]) + 1e-3).all()
+        assert (
+            boxes.shape == (len(detections["scores"]), 4)
+            and (boxes >= 0).all()
+            and (boxes <= torch.tensor([width, height, width, height]) + 1e-3).all()
+        )
         assert set(detections["labels"].tolist()) <= {0, 1, 2}
         assert (detections["scores"].diff() <= 0).all()
 
@@ -70,15 +97,31 @@ def test_any_pyramid_serves_any_detector(detector, pyramid):
     torch.manual_seed(0)
     backbone = "tiny-ecvit" if pyramid == "own" else "tiny-dinov3"  # ECDet wants three maps
     config = DEFAULTS | dict(
-        detector=detector, size="nano", backbone=backbone, backbone_weights=None, num_classes=3, num_queries=12, hidden_dim=32, num_heads=2, ffn_dim=32,
-        encoder_layers=1, decoder_layers=2, copies=8, pyramid=pyramid, layers=None if pyramid == "own" else "0,1",
-    )  # fmt: skip
+        detector=detector,
+        size="nano",
+        backbone=backbone,
+        backbone_weights=None,
+        num_classes=3,
+        num_queries=12,
+        hidden_dim=32,
+        num_heads=2,
+        ffn_dim=32,
+        encoder_layers=1,
+        decoder_layers=2,
+        num_denoising=8,
+        pyramid=pyramid,
+        layers=None if pyramid == "own" else "0,1",
+    )
     if (detector, pyramid) == ("ecdet", "own"):
-        with pytest.raises(UserError, match="--pyramid own: this ECDet takes maps at strides 8, 16, 32 of 128 channels"):
+        with pytest.raises(
+            UserError, match="--pyramid own: this ECDet takes maps at strides 8, 16, 32 of 128 channels"
+        ):
             build_model(config)
         return
     model, criterion, _ = build_model(config)
     targets = 2 * [{"labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.4, 0.6]])}]
-    loss = sum(criterion(model(torch.randn(2, 3, 64, 96), torch.zeros(2, 64, 96, dtype=torch.bool), targets), targets).values())
+    loss = sum(
+        criterion(model(torch.randn(2, 3, 64, 96), torch.zeros(2, 64, 96, dtype=torch.bool), targets), targets).values()
+    )
     loss.backward()
     assert torch.isfinite(loss)

@@ -2,27 +2,50 @@ import pytest
 import torch
 import transformers
 from conftest import FixedFeatures
+from peers import detr_weights
 
 from detr_loss import HungarianMatcher, SetCriterion, to_xyxy
-from detr_model import DETECTORS, DETR, ROUNDS, PlainDETR, build_model, cell_coordinates, is_double, select_distinct
-from peers import detr_weights
+from detr_model import DETECTORS, DETR, ROUNDS, PlainDETR, build_model, is_duplicate, select_distinct
+from layers import make_cells
 from settings import DEFAULTS
 
 CONFIG = DEFAULTS | dict(
-    detector="detr", backbone="ecvit-nano", backbone_weights=None, num_classes=3, num_queries=20, hidden_dim=32, num_heads=2,
-    ffn_dim=64, decoder_layers=2, dropout=0.0,
-)  # fmt: skip
+    detector="detr",
+    backbone="ecvit-nano",
+    backbone_weights=None,
+    num_classes=3,
+    num_queries=20,
+    hidden_dim=32,
+    num_heads=2,
+    ffn_dim=64,
+    decoder_layers=2,
+    dropout=0.0,
+)
 
 
 def transformers_detr():
     """transformers' DETR, tiny, on a tiny ResNet, with random weights."""
     torch.manual_seed(0)
-    backbone = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8, 16, 24], depths=[1, 1, 1, 1], out_features=["stage4"])
+    backbone = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 8, 16, 24], depths=[1, 1, 1, 1], out_features=["stage4"]
+    )
     config = transformers.DetrConfig(
-        use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, backbone_config=backbone, d_model=32, encoder_layers=2,
-        decoder_layers=3, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48,
-        num_queries=15, num_labels=5, auxiliary_loss=True, dropout=0.0,
-    )  # fmt: skip
+        use_timm_backbone=False,
+        use_pretrained_backbone=False,
+        backbone=None,
+        backbone_config=backbone,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=3,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        num_queries=15,
+        num_labels=5,
+        auxiliary_loss=True,
+        dropout=0.0,
+    )
     return transformers.DetrForObjectDetection(config).eval()
 
 
@@ -43,7 +66,17 @@ def test_published_detr_and_its_losses_agree_with_transformers():
     maps = features[0]
     while not torch.is_tensor(maps):  # the nesting differs between versions of transformers
         maps = maps[-1] if isinstance(maps, list) or not torch.is_tensor(maps[0]) else maps[0]
-    ours = DETR(FixedFeatures([maps if maps.shape[1] == 24 else None], [32]), 5, 15, 32, 4, 48, encoder_layers=2, decoder_layers=3, dropout=0.0).eval()
+    ours = DETR(
+        FixedFeatures([maps if maps.shape[1] == 24 else None], [32]),
+        5,
+        15,
+        32,
+        4,
+        48,
+        encoder_layers=2,
+        decoder_layers=3,
+        dropout=0.0,
+    ).eval()
     ours.load_state_dict(detr_weights(theirs))  # every weight of ours has to be met
     with torch.no_grad():
         outputs = ours(images, mask)
@@ -72,7 +105,10 @@ def test_outputs_keep_the_contract(detector):
     for layer in [outputs, *outputs["aux_outputs"]]:
         assert layer["pred_logits"].shape == (2, 20, classes) and layer["pred_boxes"].shape == (2, 20, 4)
         assert (layer["pred_boxes"] >= 0).all() and (layer["pred_boxes"] <= 1).all()
-    targets = [{"labels": torch.tensor([2]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.3]])}, {"labels": torch.zeros(0, dtype=torch.long), "boxes": torch.zeros(0, 4)}]
+    targets = [
+        {"labels": torch.tensor([2]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.3]])},
+        {"labels": torch.zeros(0, dtype=torch.long), "boxes": torch.zeros(0, 4)},
+    ]
     sum(criterion(outputs, targets).values()).backward()
     unused = [name for name, p in model.named_parameters() if p.grad is None]
     assert all(name.startswith("backbone.") for name in unused), unused
@@ -82,7 +118,10 @@ def test_outputs_keep_the_contract(detector):
         assert (found["scores"].diff() <= 0).all() and found["labels"].max() < 3
 
 
-@pytest.mark.parametrize("kind, more", [(DETR, {}), *[(PlainDETR, dict(attention=a, distinct=d)) for a in ("local", "global") for d in (0.1, 0.7, 0.0)]])
+@pytest.mark.parametrize(
+    "kind, more",
+    [(DETR, {}), *[(PlainDETR, dict(attention=a, distinct=d)) for a in ("local", "global") for d in (0.1, 0.7, 0.0)]],
+)
 def test_padding_changes_nothing(kind, more):
     """The same features with more padding around them give the same detections."""
     torch.manual_seed(0)
@@ -111,10 +150,14 @@ def test_padding_changes_nothing(kind, more):
 def test_cells_are_counted_in_units_of_the_unpadded_picture():
     mask = torch.zeros(2, 32, 64, dtype=torch.bool)
     mask[1, 24:], mask[1, :, 40:] = True, True
-    y, x, cell = cell_coordinates(mask, (4, 8), 8)
-    assert torch.allclose(y[0], torch.tensor([4.0, 12, 20, 28]) / 32) and torch.allclose(x[1, :5], torch.tensor([4.0, 12, 20, 28, 36]) / 40)
-    assert torch.allclose(cell, torch.tensor([[8 / 64, 8 / 32], [8 / 40, 8 / 24]]))
-    assert (y[1] > 1).tolist() == [False, False, False, True] and (x[1] > 1).sum() == 3
+    cells = make_cells(mask, [(4, 8)], [8])
+    x, y = cells.centres.unflatten(1, (4, 8)).unbind(-1)
+    assert torch.allclose(y[0, :, 0], torch.tensor([4.0, 12, 20, 28]) / 32)
+    assert torch.allclose(x[1, 0, :5], torch.tensor([4.0, 12, 20, 28, 36]) / 40)
+    assert torch.allclose(cells.sizes[:, 0], torch.tensor([[8 / 64, 8 / 32], [8 / 40, 8 / 24]]))
+    padding = cells.padding.unflatten(1, (4, 8))
+    assert padding[1, :, 0].tolist() == [False, False, False, True] and padding[1, 0].sum() == 3
+    assert torch.allclose(cells.valid_ratios[:, 0], torch.tensor([[1.0, 1.0], [40 / 64, 24 / 32]]))
 
 
 @pytest.mark.parametrize("strides", [(4, 8, 16, 32), (8, 16, 32), (14,), (16,), (32,)])
@@ -128,13 +171,21 @@ def test_every_kind_of_backbone_map_is_accepted(strides):
 
 
 def test_the_published_detr_starts_as_pytorchs_transformer_does():
-    """Standard deviations of every weight beside nn.Transformer's with Xavier over its matrices, as in the authors' code."""
+    """Every weight's standard deviation is that of nn.Transformer with Xavier over its matrices, the authors' code."""
     torch.manual_seed(0)
     theirs = torch.nn.Transformer(64, 4, 2, 2, 256)
     for parameter in theirs.parameters():
         if parameter.ndim > 1:
             torch.nn.init.xavier_uniform_(parameter)
-    ours = DETR(FixedFeatures([torch.zeros(1, 32, 2, 2)], (32,)), 5, hidden_dim=64, num_heads=4, ffn_dim=256, encoder_layers=2, decoder_layers=2)
+    ours = DETR(
+        FixedFeatures([torch.zeros(1, 32, 2, 2)], (32,)),
+        5,
+        hidden_dim=64,
+        num_heads=4,
+        ffn_dim=256,
+        encoder_layers=2,
+        decoder_layers=2,
+    )
     names = {"self_attn": "self_attn", "cross_attn": "multihead_attn"}
     for part in ("encoder", "decoder"):
         for layer, reference in zip(getattr(ours, part), getattr(theirs, part).layers):
@@ -142,18 +193,28 @@ def test_the_published_detr_starts_as_pytorchs_transformer_does():
                 if name in names:
                     twin = getattr(reference, names[name])
                     for projection in ("q_proj", "k_proj", "v_proj"):
-                        assert getattr(attention, projection).weight.detach().std() == pytest.approx(float(twin.in_proj_weight.detach().std()), rel=0.05)
+                        assert getattr(attention, projection).weight.detach().std() == pytest.approx(
+                            float(twin.in_proj_weight.detach().std()), rel=0.05
+                        )
                         assert (getattr(attention, projection).bias == 0).all()
-                    assert attention.out_proj.weight.detach().std() == pytest.approx(float(twin.out_proj.weight.detach().std()), rel=0.05) and (attention.out_proj.bias == 0).all()
+                    assert (
+                        attention.out_proj.weight.detach().std()
+                        == pytest.approx(float(twin.out_proj.weight.detach().std()), rel=0.05)
+                        and (attention.out_proj.bias == 0).all()
+                    )
             for name in ("linear1", "linear2"):
-                assert getattr(layer, name).weight.detach().std() == pytest.approx(float(getattr(reference, name).weight.detach().std()), rel=0.05)
+                assert getattr(layer, name).weight.detach().std() == pytest.approx(
+                    float(getattr(reference, name).weight.detach().std()), rel=0.05
+                )
 
 
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_heads_compute_in_float32_also_under_bfloat16(detector):
     """Boxes of 2 % of the image would lose 4 % of their overlap to eight bits: what comes out has more of them."""
     torch.manual_seed(0)
-    model = build_model(DEFAULTS | CONFIG | {"detector": detector, "size": "nano", "copies": 8, "encoder_layers": 1})[0].eval()
+    model = build_model(
+        DEFAULTS | CONFIG | {"detector": detector, "size": "nano", "num_denoising": 8, "encoder_layers": 1}
+    )[0].eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
@@ -167,9 +228,11 @@ def test_heads_compute_in_float32_also_under_bfloat16(detector):
 
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_an_image_thinner_than_half_a_cell_is_no_padding_alone(detector):
-    """Two pixels high beside another of 64: its first row of cells counts, so that there is something to look at and to learn."""
+    """Two pixels high next to another of 64: its first row of cells counts, so there is something to learn from."""
     torch.manual_seed(0)
-    model, criterion, postprocess = build_model(DEFAULTS | CONFIG | {"detector": detector, "size": "nano", "copies": 8, "encoder_layers": 1})
+    model, criterion, postprocess = build_model(
+        DEFAULTS | CONFIG | {"detector": detector, "size": "nano", "num_denoising": 8, "encoder_layers": 1}
+    )
     images, mask = torch.randn(2, 3, 64, 96), torch.zeros(2, 64, 96, dtype=torch.bool)
     mask[0, 2:], mask[1, :, 3:] = True, True
     targets = [{"labels": torch.tensor([0]), "boxes": torch.tensor([[0.5, 0.5, 0.4, 0.9]])}] * 2
@@ -182,7 +245,9 @@ def test_an_image_thinner_than_half_a_cell_is_no_padding_alone(detector):
 
 def iou(a, b):
     """Of two boxes cxcywh."""
-    w, h = (min(a[i] + a[i + 2] / 2, b[i] + b[i + 2] / 2) - max(a[i] - a[i + 2] / 2, b[i] - b[i + 2] / 2) for i in (0, 1))
+    w, h = (
+        min(a[i] + a[i + 2] / 2, b[i] + b[i + 2] / 2) - max(a[i] - a[i + 2] / 2, b[i] - b[i + 2] / 2) for i in (0, 1)
+    )
     return max(w, 0) * max(h, 0) / (a[2] * a[3] + b[2] * b[3] - max(w, 0) * max(h, 0))
 
 
@@ -215,11 +280,14 @@ def test_queries_are_kept_apart_as_a_plain_loop_keeps_them(overlap, seed):
 
 @pytest.mark.parametrize("length", [3, 4, 5, 30])
 def test_a_chain_of_doubles(length):
-    """Boxes side by side, each overlapping its neighbours alone: every other one is kept. Of a chain that is longer than there are
-    rounds some are doubles that a loop would keep, and none is kept that it wouldn't."""
+    """Boxes side by side, each overlapping its neighbours alone: every other one is kept.
+
+    Of a chain that is longer than there are rounds some are doubles that a loop would keep, and none is kept that it
+    wouldn't.
+    """
     boxes = torch.tensor([[[0.1 + 0.03 * i / 2, 0.5, 0.1, 0.2] for i in range(length)]])
     assert iou(boxes[0, 0].tolist(), boxes[0, 2].tolist()) < 0.7 < iou(boxes[0, 0].tolist(), boxes[0, 1].tolist())
-    kept = (~is_double(to_xyxy(boxes), 0.7))[0].nonzero()[:, 0].tolist()
+    kept = (~is_duplicate(to_xyxy(boxes), 0.7))[0].nonzero()[:, 0].tolist()
     wanted = list(range(0, length, 2))
     assert set(kept) <= set(wanted) and kept[: (ROUNDS + 1) // 2] == wanted[: (ROUNDS + 1) // 2]
 
@@ -227,7 +295,10 @@ def test_a_chain_of_doubles(length):
 def test_more_queries_than_candidates_and_a_crowd_of_cells():
     """Of many cells the best are looked through; as many queries come out as were asked for, none twice."""
     torch.manual_seed(0)
-    scores, boxes = torch.randn(1, 5000), torch.cat([torch.rand(1, 5000, 2), 0.2 + 0.2 * torch.rand(1, 5000, 2)], dim=-1)
+    scores, boxes = (
+        torch.randn(1, 5000),
+        torch.cat([torch.rand(1, 5000, 2), 0.2 + 0.2 * torch.rand(1, 5000, 2)], dim=-1),
+    )
     for count in (300, 2000):
         found = select_distinct(scores, boxes, torch.zeros(1, 5000, dtype=torch.bool), count, 0.5)[0]
         assert len(set(found.tolist())) == count and found[0] == scores.argmax()
@@ -244,26 +315,42 @@ def test_a_query_of_the_default_looks_around_its_box_alone():
     far, near = memory.unflatten(1, (32, 32)).clone(), memory.unflatten(1, (32, 32)).clone()
     far[:, 16:], far[:, :, 16:] = 9.0, 9.0
     near[:, 6:11, 6:11] = 9.0
-    was, with_far, with_near = (attention(query, box, m.flatten(1, 2) if m.ndim == 4 else m, [(32, 32)], share) for m in (memory, far, near))
+    was, with_far, with_near = (
+        attention(query, box, m.flatten(1, 2) if m.ndim == 4 else m, [(32, 32)], share) for m in (memory, far, near)
+    )
     assert torch.equal(was, with_far) and not torch.allclose(was, with_near, atol=1e-3)
 
 
 def test_noisy_copies_do_not_change_what_the_defaults_queries_find():
     torch.manual_seed(0)
-    model = PlainDETR(FixedFeatures([torch.randn(2, 8, 12, 8)], [8]), 3, 20, 32, 2, 64, 2, copies=12).train()
+    model = PlainDETR(FixedFeatures([torch.randn(2, 8, 12, 8)], [8]), 3, 20, 32, 2, 64, 2, num_denoising=12).train()
     for p in model.parameters():  # heads start at zero
         torch.nn.init.normal_(p, std=0.05) if p.ndim > 1 else None
     images, mask = torch.zeros(2, 3, 96, 64), torch.zeros(2, 96, 64, dtype=torch.bool)
-    targets = [{"labels": torch.tensor([0, 2]), "boxes": torch.rand(2, 4) * 0.4 + 0.1}, {"labels": torch.tensor([1]), "boxes": torch.rand(1, 4) * 0.4 + 0.1}]
+    targets = [
+        {"labels": torch.tensor([0, 2]), "boxes": torch.rand(2, 4) * 0.4 + 0.1},
+        {"labels": torch.tensor([1]), "boxes": torch.rand(1, 4) * 0.4 + 0.1},
+    ]
     nothing = [{"labels": torch.zeros(0, dtype=torch.long), "boxes": torch.zeros(0, 4)}] * 2
     alone, beside = model(images, mask, nothing), model(images, mask, targets)
-    assert alone["denoising"] is None and beside["denoising"]["pred_boxes"].shape == (2, 24, 4)  # six groups of two copies of two objects
+    assert alone["denoising"] is None and beside["denoising"]["pred_boxes"].shape == (
+        2,
+        24,
+        4,
+    )  # six groups of two copies of two objects
     for key in ("pred_boxes", "pred_logits"):
         torch.testing.assert_close(alone[key], beside[key], atol=1e-5, rtol=0)
         torch.testing.assert_close(alone["aux_outputs"][0][key], beside["aux_outputs"][0][key], atol=1e-5, rtol=0)
     criterion = SetCriterion(HungarianMatcher(class_cost=2))
     losses, without = criterion(beside, targets), criterion(alone, nothing)
-    assert {"loss_class_dn", "loss_bbox_aux_0_dn", "loss_giou_dense"} <= losses.keys() and not any("_dn" in name for name in without)
+    assert {"loss_class_dn", "loss_bbox_aux_0_dn", "loss_giou_dense"} <= losses.keys() and not any(
+        "_dn" in name for name in without
+    )
     assert all(torch.isfinite(value) for value in [*losses.values(), *without.values()])
     assert "denoising" not in model.eval()(images, mask) and "denoising_class_embed" in dict(model.named_children())
-    assert not any("denoising" in name for name in PlainDETR(FixedFeatures([torch.zeros(1, 8, 4, 4)], [8]), 3, 5, 32, 2, 64, copies=0).state_dict())
+    assert not any(
+        "denoising" in name
+        for name in PlainDETR(
+            FixedFeatures([torch.zeros(1, 8, 4, 4)], [8]), 3, 5, 32, 2, 64, num_denoising=0
+        ).state_dict()
+    )

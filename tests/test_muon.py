@@ -1,9 +1,11 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-import train
+import optim
 from detr_model import build_model
-from muon import Muon, orthogonalize
+from optim import Muon, orthogonalize
 from settings import DEFAULTS
 
 
@@ -57,12 +59,30 @@ def test_parameters_without_gradient_stay():
 @pytest.mark.parametrize("weights, optimizer", [("none", "muon"), ("file.pth", "muon"), ("none", "adamw")])
 def test_muon_gets_the_inner_matrices_of_what_is_not_pretrained(weights, optimizer):
     config = DEFAULTS | dict(
-        detector="detr", backbone="ecvit-nano", backbone_weights=None, num_classes=20, num_queries=20, hidden_dim=32, num_heads=2,
-        ffn_dim=64, decoder_layers=2, dropout=0.0,
-    )  # fmt: skip
+        detector="detr",
+        backbone="ecvit-nano",
+        backbone_weights=None,
+        num_classes=20,
+        num_queries=20,
+        hidden_dim=32,
+        num_heads=2,
+        ffn_dim=64,
+        decoder_layers=2,
+        dropout=0.0,
+    )
     model = build_model(config)[0]
-    settings = dict(optimizer=optimizer, init=None, backbone_weights=weights, lr=1e-3, backbone_lr=1e-4, layer_decay=1.0, weight_decay=1e-4, decay_all=False, shard=False)
-    optimizers = train.build_optimizers(model, settings)
+    settings = SimpleNamespace(
+        optimizer=optimizer,
+        init=None,
+        backbone_weights=weights,
+        lr=1e-3,
+        backbone_lr=1e-4,
+        layer_decay=1.0,
+        weight_decay=1e-4,
+        decay_all=False,
+        shard=False,
+    )
+    optimizers = optim.build_optimizers(model, settings)
     names = {id(p): name for name, p in model.named_parameters()}
     adamw, *rest = [[names.pop(id(p)) for group in o.param_groups for p in group["params"]] for o in optimizers]
     assert not names  # each parameter once
@@ -70,18 +90,51 @@ def test_muon_gets_the_inner_matrices_of_what_is_not_pretrained(weights, optimiz
         assert rest == []
         return
     (muon,) = rest
-    assert {"neck.mix.0.1.weight", "layers.0.linear1.weight", "layers.1.cross_attn.value_proj.weight", "dense_box.layers.0.weight"} <= set(muon)
-    assert {"dense_class.weight", "class_heads.1.weight", "dense_box.layers.2.weight", "memory_norm.weight"} <= set(adamw)
+    assert {
+        "neck.mix.0.1.weight",
+        "layers.0.linear1.weight",
+        "layers.1.cross_attn.value_proj.weight",
+        "dense_box.layers.0.weight",
+    } <= set(muon)
+    assert {"dense_class.weight", "class_heads.1.weight", "dense_box.layers.2.weight", "memory_norm.weight"} <= set(
+        adamw
+    )
     in_backbone = [name for name in muon if name.startswith("backbone.")]
     assert len(in_backbone) == 0 if weights != "none" else any("blocks.5.mlp.fc2" in name for name in in_backbone)
     assert all(group["lr"] in ((0.03, 0.003) if weights == "none" else (0.03,)) for group in optimizers[1].param_groups)
 
 
 def test_muon_leaves_the_scores_and_edges_of_an_ecdet_to_adamw():
-    config = dict(detector="ecdet", size="nano", backbone="ecvit-nano", backbone_weights=None, num_classes=20, num_queries=20, decoder_layers=2)
+    config = dict(
+        detector="ecdet",
+        size="nano",
+        backbone="ecvit-nano",
+        backbone_weights=None,
+        num_classes=20,
+        num_queries=20,
+        decoder_layers=2,
+    )
     model = build_model(config)[0]
-    settings = dict(optimizer="muon", init=None, backbone_weights="none", lr=1e-3, backbone_lr=1e-3, layer_decay=1.0, weight_decay=1e-4, decay_all=False, shard=False)
+    settings = SimpleNamespace(
+        optimizer="muon",
+        init=None,
+        backbone_weights="none",
+        lr=1e-3,
+        backbone_lr=1e-3,
+        layer_decay=1.0,
+        weight_decay=1e-4,
+        decay_all=False,
+        shard=False,
+    )
     names = {id(p): name for name, p in model.named_parameters()}
-    adamw, muon = ({names[id(p)] for group in o.param_groups for p in group["params"]} for o in train.build_optimizers(model, settings))
-    last = {"decoder.enc_score_head.weight", "decoder.dec_score_head.1.weight", "decoder.dec_bbox_head.0.layers.2.weight", "decoder.denoising_class_embed.weight"}
+    adamw, muon = (
+        {names[id(p)] for group in o.param_groups for p in group["params"]}
+        for o in optim.build_optimizers(model, settings)
+    )
+    last = {
+        "decoder.enc_score_head.weight",
+        "decoder.dec_score_head.1.weight",
+        "decoder.dec_bbox_head.0.layers.2.weight",
+        "decoder.denoising_class_embed.weight",
+    }
     assert last <= adamw and {"decoder.dec_bbox_head.0.layers.1.weight", "encoder.fpn_blocks.0.cv1.conv.weight"} <= muon

@@ -42,15 +42,28 @@ def test_levels_come_from_the_nearest_map_and_from_rising_depths():
     assert SimplePyramid(hierarchical, (8, 16, 32, 64), 8).sources == [1, 2, 3, 3]
     depths = FixedFeatures([torch.zeros(1, 8, 2, 2)] * 4, (16, 16, 16, 16))
     assert SimplePyramid(depths, (4, 8, 16, 32), 8).sources == [0, 1, 2, 3]
-    assert SimplePyramid(FixedFeatures([torch.zeros(1, 8, 2, 2)] * 2, (16, 16)), (8, 16, 32, 64), 8).sources == [0, 0, 1, 1]
+    assert SimplePyramid(FixedFeatures([torch.zeros(1, 8, 2, 2)] * 2, (16, 16)), (8, 16, 32, 64), 8).sources == [
+        0,
+        0,
+        1,
+        1,
+    ]
 
 
 def test_the_simple_pyramid_is_vitdets():
-    """arXiv 2203.16527: two transposed convolutions for 1/4 with a norm and GELU between them, one for 1/8, max-pooling for 1/32."""
+    """arXiv 2203.16527: transposed convolutions, two for 1/4 with a norm and GELU between them and one for 1/8.
+
+    Max-pooling for 1/32.
+    """
     pyramid = SimplePyramid(single_map(channels=16), (4, 8, 16, 32), 8)
     kinds = [[type(m).__name__ for m in level] for level in pyramid.levels]
     ending = ["Conv2d", "ChannelNorm", "Conv2d", "ChannelNorm"]
-    assert kinds == [["ConvTranspose2d", "ChannelNorm", "GELU", "ConvTranspose2d", *ending], ["ConvTranspose2d", *ending], ending, ["MaxPool2d", *ending]]
+    assert kinds == [
+        ["ConvTranspose2d", "ChannelNorm", "GELU", "ConvTranspose2d", *ending],
+        ["ConvTranspose2d", *ending],
+        ending,
+        ["MaxPool2d", *ending],
+    ]
     assert [m.out_channels for m in pyramid.levels[0] if isinstance(m, nn.ConvTranspose2d)] == [8, 4]
     x = torch.randn(2, 16, 3, 3)
     norm = backbones.ChannelNorm(16)
@@ -86,7 +99,7 @@ def test_resampled_filters_agree_with_timms(size):
 
 
 def test_resampled_features_are_nearest_to_the_originals(tmp_path):
-    """Of a random picture enlarged with its patches: by pseudo-inverse far nearer than by bicubic resizing or without any."""
+    """Of a random image enlarged with its patches: by pseudo-inverse far nearer than bicubically or without any."""
     torch.manual_seed(0)
     original = build_backbone("dinov2-small").eval()
     original.model.save_pretrained(tmp_path)
@@ -103,7 +116,10 @@ def test_resampled_features_are_nearest_to_the_originals(tmp_path):
 
 
 def test_patch_size_and_layers_are_for_plain_vits():
-    for options, message in (({"patch_size": 14}, "--patch-size: for plain"), ({"layers": (0,)}, "--layers: for plain")):
+    for options, message in (
+        ({"patch_size": 14}, "--patch-size: for plain"),
+        ({"layers": (0,)}, "--layers: for plain"),
+    ):
         with pytest.raises(UserError, match=message):
             build_backbone("ecvit-nano", **options)
     with pytest.raises(UserError, match="blocks of dinov3-vits16 are 0 to 11"):
@@ -125,7 +141,9 @@ def test_layers_give_the_maps_of_those_blocks_by_name(name, tiny_specs):
     assert backbone.channels == (32, 32) and backbone.strides == (backbone.patch,) * 2
     for m, key in zip(maps, ("block0", "block2")):
         assert torch.equal(m.flatten(2).transpose(1, 2), features[key])
-    assert torch.equal(features["block2"], features["x_norm_patchtokens"]) and not torch.equal(features["block0"], features["block2"])
+    assert torch.equal(features["block2"], features["x_norm_patchtokens"]) and not torch.equal(
+        features["block0"], features["block2"]
+    )
     assert torch.equal(features["x_norm"][:, 0], features["x_norm_clstoken"])
 
 
@@ -141,8 +159,13 @@ def test_clip_is_transformers_clip_on_clips_own_statistics(tiny_specs):
     torch.manual_seed(0)
     backbone = build_backbone("tiny-clip-vitb16").eval()
     pixels = torch.rand(1, 3, 224, 224)
-    ours, theirs = ((pixels - torch.tensor(m)[:, None, None]) / torch.tensor(s)[:, None, None] for m, s in (
-        (backbones.MEAN, backbones.STD), (transformers.image_utils.OPENAI_CLIP_MEAN, transformers.image_utils.OPENAI_CLIP_STD)))  # fmt: skip
+    ours, theirs = (
+        (pixels - torch.tensor(m)[:, None, None]) / torch.tensor(s)[:, None, None]
+        for m, s in (
+            (backbones.MEAN, backbones.STD),
+            (transformers.image_utils.OPENAI_CLIP_MEAN, transformers.image_utils.OPENAI_CLIP_STD),
+        )
+    )
     with torch.no_grad():
         expected = backbone.model(theirs)
         features = backbone.forward_features(ours)
@@ -163,14 +186,23 @@ def test_mae_masks_nothing_and_keeps_the_patches_in_order(tiny_specs):
 
 def test_a_repository_with_more_than_the_backbone_loads_and_says_so(tiny_specs, tmp_path, capsys):
     small = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=128)
-    clip = transformers.CLIPModel(transformers.CLIPConfig(text_config=dict(small, vocab_size=50, eos_token_id=1, bos_token_id=0, pad_token_id=0), vision_config=dict(small, patch_size=16)))
+    clip = transformers.CLIPModel(
+        transformers.CLIPConfig(
+            text_config=dict(small, vocab_size=50, eos_token_id=1, bos_token_id=0, pad_token_id=0),
+            vision_config=dict(small, patch_size=16),
+        )
+    )
     clip.save_pretrained(tmp_path / "clip")
     backbone = build_backbone("tiny-clip-vitb16", tmp_path / "clip").eval()
     assert "not the backbone's and are left out: " in (said := capsys.readouterr().out) and "text_model" in said
     images = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
         assert torch.equal(clip.vision_model(images).last_hidden_state, backbone.model(images).last_hidden_state)
-    mae = transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(**small, decoder_hidden_size=32, decoder_num_hidden_layers=1, decoder_num_attention_heads=2))
+    mae = transformers.ViTMAEForPreTraining(
+        transformers.ViTMAEConfig(
+            **small, decoder_hidden_size=32, decoder_num_hidden_layers=1, decoder_num_attention_heads=2
+        )
+    )
     mae.save_pretrained(tmp_path / "mae")
     backbone = build_backbone("tiny-mae-vitb16", tmp_path / "mae")
     assert "decoder" in capsys.readouterr().out
@@ -183,15 +215,34 @@ def test_a_repository_with_more_than_the_backbone_loads_and_says_so(tiny_specs, 
 
 def original_vit(prefix="", registers=(), position=True, width=32, depth=3, patch=16, grid=14, scale=False, mask=True):
     """The state dict of a ViT as its authors save it."""
-    shapes = {"cls_token": (1, 1, width), "patch_embed.proj.weight": (width, 3, patch, patch), "patch_embed.proj.bias": (width,)}
+    shapes = {
+        "cls_token": (1, 1, width),
+        "patch_embed.proj.weight": (width, 3, patch, patch),
+        "patch_embed.proj.bias": (width,),
+    }
     shapes |= {name: (1, 4, width) for name in registers}
     shapes |= {"pos_embed": (1, 1 + grid * grid, width)} if position else {}
     shapes |= {"mask_token": (1, width)} if mask else {}
     for i in range(depth):
         b = f"blocks.{i}."
-        shapes |= {b + "norm1.weight": (width,), b + "norm1.bias": (width,), b + "norm2.weight": (width,), b + "norm2.bias": (width,)}
-        shapes |= {b + "attn.qkv.weight": (3 * width, width), b + "attn.qkv.bias": (3 * width,), b + "attn.proj.weight": (width, width), b + "attn.proj.bias": (width,)}
-        shapes |= {b + "mlp.fc1.weight": (128, width), b + "mlp.fc1.bias": (128,), b + "mlp.fc2.weight": (width, 128), b + "mlp.fc2.bias": (width,)}
+        shapes |= {
+            b + "norm1.weight": (width,),
+            b + "norm1.bias": (width,),
+            b + "norm2.weight": (width,),
+            b + "norm2.bias": (width,),
+        }
+        shapes |= {
+            b + "attn.qkv.weight": (3 * width, width),
+            b + "attn.qkv.bias": (3 * width,),
+            b + "attn.proj.weight": (width, width),
+            b + "attn.proj.bias": (width,),
+        }
+        shapes |= {
+            b + "mlp.fc1.weight": (128, width),
+            b + "mlp.fc1.bias": (128,),
+            b + "mlp.fc2.weight": (width, 128),
+            b + "mlp.fc2.bias": (width,),
+        }
         shapes |= {b + "ls1.gamma": (width,), b + "ls2.gamma": (width,)} if scale else {}
     shapes |= {"norm.weight": (width,), "norm.bias": (width,)}
     return {prefix + name: 0.1 * torch.randn(shape) for name, shape in shapes.items()}
@@ -199,12 +250,23 @@ def original_vit(prefix="", registers=(), position=True, width=32, depth=3, patc
 
 def attention_of(state, block, x, heads=2):
     """Plain attention and MLP of a pre-norm block by its original weights, x (N, C), without positions."""
-    get = lambda name: state[f"blocks.{block}.{name}"]
+
+    def get(name):
+        return state[f"blocks.{block}.{name}"]
+
     y = F.layer_norm(x, x.shape[-1:], get("norm1.weight"), get("norm1.bias"), 1e-5)
-    q, k, v = F.linear(y, get("attn.qkv.weight"), get("attn.qkv.bias")).unflatten(-1, (3, heads, -1)).permute(1, 2, 0, 3)
-    x = x + F.linear(F.scaled_dot_product_attention(q, k, v).transpose(0, 1).flatten(1), get("attn.proj.weight"), get("attn.proj.bias"))
+    q, k, v = (
+        F.linear(y, get("attn.qkv.weight"), get("attn.qkv.bias")).unflatten(-1, (3, heads, -1)).permute(1, 2, 0, 3)
+    )
+    x = x + F.linear(
+        F.scaled_dot_product_attention(q, k, v).transpose(0, 1).flatten(1),
+        get("attn.proj.weight"),
+        get("attn.proj.bias"),
+    )
     y = F.layer_norm(x, x.shape[-1:], get("norm2.weight"), get("norm2.bias"), 1e-5)
-    return x + F.linear(F.gelu(F.linear(y, get("mlp.fc1.weight"), get("mlp.fc1.bias"))), get("mlp.fc2.weight"), get("mlp.fc2.bias"))
+    return x + F.linear(
+        F.gelu(F.linear(y, get("mlp.fc1.weight"), get("mlp.fc1.bias"))), get("mlp.fc2.weight"), get("mlp.fc2.bias")
+    )
 
 
 def test_the_authors_own_files_load(tiny_specs, tmp_path, capsys):
@@ -214,7 +276,9 @@ def test_the_authors_own_files_load(tiny_specs, tmp_path, capsys):
     mum = original_vit(position=False, mask=False)
     torch.save(mum | {"rope_embed.periods": 100 ** (torch.arange(4) / 4)}, tmp_path / "mum.pth")
     backbone = build_backbone("tiny-mum-vitl16", tmp_path / "mum.pth").eval()
-    x = torch.stack([mum["cls_token"][0, 0], (mum["patch_embed.proj.weight"] * image).sum((1, 2, 3)) + mum["patch_embed.proj.bias"]])
+    x = torch.stack(
+        [mum["cls_token"][0, 0], (mum["patch_embed.proj.weight"] * image).sum((1, 2, 3)) + mum["patch_embed.proj.bias"]]
+    )
     for block in range(3):
         x = attention_of(mum, block, x)
     x = F.layer_norm(x, (32,), mum["norm.weight"], mum["norm.bias"], 1e-5)
@@ -226,7 +290,9 @@ def test_the_authors_own_files_load(tiny_specs, tmp_path, capsys):
     for name in ("tiny-mum-vitl16", "tiny-mae-vitb16", "tiny-vggt-vitl14"):
         with pytest.raises(UserError, match=f"not the weights of {name}"):
             build_backbone(name, tmp_path / "wrong.pth")
-    torch.save(mum | {"decoder_norm.weight": torch.zeros(8), "mask_token": torch.zeros(1, 1, 8)}, tmp_path / "whole.pth")
+    torch.save(
+        mum | {"decoder_norm.weight": torch.zeros(8), "mask_token": torch.zeros(1, 1, 8)}, tmp_path / "whole.pth"
+    )
     build_backbone("tiny-mum-vitl16", tmp_path / "whole.pth")
     assert "2 weights are the decoder's and are left out" in capsys.readouterr().out
 
@@ -242,7 +308,11 @@ def test_the_authors_own_files_load(tiny_specs, tmp_path, capsys):
     assert torch.allclose(backbone.forward_features(image)["x_norm"][0], x, atol=1e-3)
 
     vggt = original_vit(registers=["register_tokens"], patch=14, grid=37, scale=True)
-    torch.save({f"aggregator.patch_embed.{key}": value for key, value in vggt.items()} | {"camera_head.weight": torch.zeros(3)}, tmp_path / "vggt.pth")
+    torch.save(
+        {f"aggregator.patch_embed.{key}": value for key, value in vggt.items()}
+        | {"camera_head.weight": torch.zeros(3)},
+        tmp_path / "vggt.pth",
+    )
     backbone = build_backbone("tiny-vggt-vitl14", tmp_path / "vggt.pth").eval()
     assert "VGGT's patch encoder are used, 1 others left out" in capsys.readouterr().out
     assert torch.equal(backbone.model.embeddings.register_tokens, vggt["register_tokens"])

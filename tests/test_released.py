@@ -14,12 +14,15 @@ from test_commands import called
 import evaluate
 import infer
 import train
-from checkpoint import load_detector, read_checkpoint, start_from
+from checkpoint import coco_classes, load_detector, read_checkpoint, start_from
 from detr_model import build_model
 from errors import UserError
-from released import coco_classes
 
-CONSTANTS = {"up": torch.tensor([0.5]), "reg_scale": torch.tensor([4.0]), "num_points_scale": torch.tensor([1 / 3] * 3 + [1 / 6] * 6 + [1 / 3] * 3)}
+CONSTANTS = {
+    "up": torch.tensor([0.5]),
+    "reg_scale": torch.tensor([4.0]),
+    "num_points_scale": torch.tensor([1 / 3] * 3 + [1 / 6] * 6 + [1 / 3] * 3),
+}
 
 
 @pytest.fixture(scope="module")
@@ -45,15 +48,33 @@ def released(state, tmp_path_factory):
 def test_a_released_file_detects_and_fine_tunes(name, released, state, tiny_data, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (90, 60), "red").save("a.png")
-    status, out, error = called(infer.main, ["a.png", "--checkpoint", released / name, "--threshold", 0, "--image-size", 64], monkeypatch, capsys)
+    status, out, error = called(
+        infer.main,
+        ["a.png", "--checkpoint", released / name, "--threshold", 0, "--image-size", 64],
+        monkeypatch,
+        capsys,
+    )
     assert status == 0 and "80 classes" in out and "constants" not in out, error
     found = json.loads((tmp_path / "detections" / "detections.json").read_text())
     names, ids = coco_classes()
     assert found and all(dict(zip(ids, names))[d["category_id"]] == d["category"] for d in found)
 
-    arguments = ["--data", tiny_data, "--detector", "ecdet", "--init", released / name, "--image-size", 64, "--batch-size", 2, "--steps", 1]
+    arguments = [
+        "--data",
+        tiny_data,
+        "--detector",
+        "ecdet",
+        "--init",
+        released / name,
+        "--image-size",
+        64,
+        "--batch-size",
+        2,
+        "--steps",
+        1,
+    ]
     status, out, error = called(train.main, arguments, monkeypatch, capsys)
-    assert status == 0 and "made anew: kind 7, kind 300, kind 90001" in out, error
+    assert status == 0 and "newly initialised: kind 7, kind 300, kind 90001" in out, error
     run = read_checkpoint(tmp_path / "runs" / tiny_data.name / "last.pth")
     assert run["classes"] == ["kind 7", "kind 300", "kind 90001"] and run["config"]["size"] == "s"
     key = "encoder.fpn_blocks.0.cv1.conv.weight"  # one step of warm-up hardly moves a weight
@@ -63,7 +84,11 @@ def test_a_released_file_detects_and_fine_tunes(name, released, state, tiny_data
 
 def test_coco_has_80_classes_with_its_own_ids():
     names, ids = coco_classes()
-    assert len(names) == len(set(ids)) == 80 and (names[0], ids[0]) == ("person", 1) and (names[-1], ids[-1]) == ("toothbrush", 90)
+    assert (
+        len(names) == len(set(ids)) == 80
+        and (names[0], ids[0]) == ("person", 1)
+        and (names[-1], ids[-1]) == ("toothbrush", 90)
+    )
 
 
 def test_rows_of_classes_with_the_same_name_are_kept(released, state, capsys):
@@ -79,29 +104,43 @@ def test_rows_of_classes_with_the_same_name_are_kept(released, state, capsys):
     embedding = state["decoder.denoising_class_embed.weight"]
     assert torch.equal(model.decoder.denoising_class_embed.weight[[0, 2, 3]], embedding[[names.index("dog"), 0, 80]])
     out = capsys.readouterr().out
-    assert "kept by name: dog, person" in out and "made anew: axolotl" in out
+    assert "kept by name: dog, person" in out and "newly initialised: axolotl" in out
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda s: s.pop("decoder.pre_bbox_head.layers.0.bias"), "1 missing: decoder.pre_bbox_head.layers.0.bias"),
-    (lambda s: s.update({"decoder.extra": torch.zeros(1)}), "1 surplus: decoder.extra"),
-    (lambda s: s.update({"decoder.enc_bbox_head.layers.0.bias": torch.zeros(5)}), "1 of another shape"),
-    (lambda s: s.update({"encoder.encoder.0.layers.0.linear1.weight": torch.zeros(700, 192)}), "of none of the sizes"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda s: s.pop("decoder.pre_bbox_head.layers.0.bias"), "1 missing: decoder.pre_bbox_head.layers.0.bias"),
+        (lambda s: s.update({"decoder.extra": torch.zeros(1)}), "1 unexpected: decoder.extra"),
+        (lambda s: s.update({"decoder.enc_bbox_head.layers.0.bias": torch.zeros(5)}), "1 of another shape"),
+        (
+            lambda s: s.update({"encoder.encoder.0.layers.0.linear1.weight": torch.zeros(700, 192)}),
+            "of none of the sizes",
+        ),
+    ],
+)
 def test_a_file_that_does_not_fit_is_refused_in_a_line(change, message, state, tmp_path, monkeypatch, capsys):
     state = dict(state)
     change(state)
     torch.save({"model": state}, tmp_path / "odd.pth")
     Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
-    status, _, error = called(infer.main, [tmp_path / "a.png", "--checkpoint", tmp_path / "odd.pth"], monkeypatch, capsys)
+    status, _, error = called(
+        infer.main, [tmp_path / "a.png", "--checkpoint", tmp_path / "odd.pth"], monkeypatch, capsys
+    )
     assert status == 2 and message in error and error.count("\n") == 1
 
 
 def test_constants_of_the_architecture_are_not_taken_from_the_file(state, tmp_path, capsys):
-    torch.save({"model": state | {"decoder.up": torch.zeros(1), "decoder.decoder.layers.0.cross_attn.num_points_scale": torch.zeros(12)}}, tmp_path / "a.pth")
+    torch.save(
+        {
+            "model": state
+            | {"decoder.up": torch.zeros(1), "decoder.decoder.layers.0.cross_attn.num_points_scale": torch.zeros(12)}
+        },
+        tmp_path / "a.pth",
+    )
     content = read_checkpoint(tmp_path / "a.pth")
     assert content["model"]["decoder.decoder.layers.0.cross_attn.num_points_scale"].min() > 0.1
-    assert "2 constants are not what the architecture says" in capsys.readouterr().out
+    assert "2 constants are not those of the architecture" in capsys.readouterr().out
 
 
 def test_folding_changes_nothing_but_the_size(released):

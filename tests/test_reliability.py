@@ -22,28 +22,38 @@ from torture import disturbed
 import datasets
 import infer
 import layouts
+import runs
 import train
-from checkpoint import read_checkpoint, save_checkpoint, settings_of, write_whole
+from checkpoint import read_checkpoint, save_checkpoint, settings_of, write_atomically
 from detector import load
 from detr_model import build_model
 from errors import UserError
 from layouts import load_splits
-from settings import DEFAULTS
-from transforms import train_transforms
+from settings import DEFAULTS, Settings
+from transforms import read_image, train_transforms
 
 # Crashes
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="prctl, by which they end at once, is Linux's; elsewhere PyTorch's workers ask now and then")
+@pytest.mark.skipif(
+    sys.platform != "linux",
+    reason="prctl, by which they end at once, is Linux's; elsewhere PyTorch's workers ask now and then",
+)
 def test_helpers_end_with_the_process_that_they_help():
     helper = "start_worker(), print(os.getpid(), flush=True), time.sleep(60)"
-    code = f"import multiprocessing, os, time; from datasets import start_worker; multiprocessing.get_context('fork').Process(target=lambda: ({helper})).start()"
+    code = (
+        "import multiprocessing, os, time; from distributed import start_worker; "
+        f"multiprocessing.get_context('fork').Process(target=lambda: ({helper})).start()"
+    )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     stat = Path(f"/proc/{int(process.stdout.readline())}/stat")
     assert stat.exists()
     process.kill()
     process.wait()
-    alive = lambda: stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+    def alive():
+        return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
     until = time.time() + 20
     while alive() and time.time() < until:
         time.sleep(0.1)
@@ -73,26 +83,44 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(tmp_path):
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "file"
-    write_whole(path, b"old")
+    write_atomically(path, b"old")
 
     def fails(file):
         file.write(b"new")
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_whole(path, fails)
+        write_atomically(path, fails)
     assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_run_folder_has_one_process(tiny_data, tmp_path):
-    first = subprocess.Popen([sys.executable, ROOT / "train.py", "--data", tiny_data, *SMALL, "--steps", "100000", "--save-every", "0", "--out", tmp_path / "run"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    first = subprocess.Popen(
+        [
+            sys.executable,
+            ROOT / "train.py",
+            "--data",
+            tiny_data,
+            *SMALL,
+            "--steps",
+            "100000",
+            "--save-every",
+            "0",
+            "--out",
+            tmp_path / "run",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     try:
         until = time.time() + 60
         while not (tmp_path / "run" / "last.pth").exists():
             assert time.time() < until, "nothing was saved"
             time.sleep(0.1)
         second = command("train.py", "--resume", tmp_path / "run")
-        assert second.returncode == 2 and second.stderr.strip().endswith("another process is training in it; wait for it, or choose another --out")
+        assert second.returncode == 2 and second.stderr.strip().endswith(
+            "another process is training in it; wait for it, or choose another --out"
+        )
     finally:
         first.kill()
         first.communicate()
@@ -101,14 +129,16 @@ def test_a_run_folder_has_one_process(tiny_data, tmp_path):
 @pytest.mark.parametrize("place", ["file/run", "/proc/run"])
 def test_a_folder_that_can_not_be_written(place, tiny_data, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
-    status, _, error = called(train.main, ["--data", tiny_data, *SMALL, "--steps", 1, "--out", tmp_path / place], monkeypatch, capsys)
+    status, _, error = called(
+        train.main, ["--data", tiny_data, *SMALL, "--steps", 1, "--out", tmp_path / place], monkeypatch, capsys
+    )
     assert status == 2 and error.count("\n") == 1 and "can't be written" in error
 
 
 def test_a_log_that_a_crash_cut_off_is_gone_on_with(tmp_path):
     rows = [json.dumps({"epoch": i, "step": 3 * i}) + "\n" for i in range(1, 6)]
     (tmp_path / "log.jsonl").write_text("".join(rows) + rows[-1][:9])
-    train.open_folder(tmp_path, {}, 12, resumed=True)
+    runs.open_folder(tmp_path, Settings(), 12, resumed=True)
     assert (tmp_path / "log.jsonl").read_text() == "".join(rows[:4])
 
 
@@ -121,13 +151,39 @@ def test_a_picture_that_vanishes_ends_a_run_that_can_be_gone_on_with(workers, ti
             raise OSError("stale file handle")
         return real(path, *more)
 
-    keep = train.save_checkpoint
+    keep = runs.save_checkpoint
     monkeypatch.setattr(datasets, "read_image", reading)
-    monkeypatch.setattr(train, "save_checkpoint", lambda path, content: (keep(path, content), trouble.touch() if path.name == "last.pth" else None))
-    monkeypatch.setattr(train, "DetectionDataset", lambda split, transforms, *_: datasets.DetectionDataset(split, transforms))
-    status, _, error = called(train.main, ["--data", tiny_data, *SMALL, "--steps", 60, "--save-every", 0, "--workers", workers, "--out", tmp_path / "run"], monkeypatch, capsys)
+    monkeypatch.setattr(
+        runs,
+        "save_checkpoint",
+        lambda path, content: (keep(path, content), trouble.touch() if path.name == "last.pth" else None),
+    )
+    monkeypatch.setattr(
+        train, "DetectionDataset", lambda split, transforms, *_: datasets.DetectionDataset(split, transforms)
+    )
+    status, _, error = called(
+        train.main,
+        [
+            "--data",
+            tiny_data,
+            *SMALL,
+            "--steps",
+            60,
+            "--save-every",
+            0,
+            "--workers",
+            workers,
+            "--out",
+            tmp_path / "run",
+        ],
+        monkeypatch,
+        capsys,
+    )
     assert status == 2 and error.count("\n") == 1, error
-    assert "train2017" in error and "can't be read any more (stale file handle); what was learnt is saved, go on with --resume" in error
+    assert (
+        "train2017" in error
+        and "can't be read any more (stale file handle); what was learnt is saved, go on with --resume" in error
+    )
     assert read_checkpoint(tmp_path / "run" / "last.pth")["training"]["step"] >= 1
 
 
@@ -139,7 +195,10 @@ def test_a_camera_that_runs_for_days_fills_no_memory(tmp_path):
     rows.extend([{"a": 2}, {"a": "<3>"}])
     assert not (tmp_path / "detections.json").exists() and rows.count == 3
     rows.close()
-    assert json.loads((tmp_path / "detections.json").read_text()) == [{"a": 1}, {"a": 2}, {"a": "<3>"}] and len(list(tmp_path.iterdir())) == 1
+    assert (
+        json.loads((tmp_path / "detections.json").read_text()) == [{"a": 1}, {"a": 2}, {"a": "<3>"}]
+        and len(list(tmp_path.iterdir())) == 1
+    )
     infer.JsonList(tmp_path / "none.json").close()
     assert json.loads((tmp_path / "none.json").read_text()) == []
     with pytest.raises(UserError, match="can't be written"):
@@ -172,28 +231,64 @@ def poisoned(monkeypatch, steps):
     return calls
 
 
-RUN = ["--backbone", "ecvit-nano", "--backbone-weights", "none", "--image-size", "64", "--batch-size", "4", "--num-queries", "20", "--workers", "0", "--eval-every", "99", "--save-every", "0"]
+RUN = [
+    "--backbone",
+    "ecvit-nano",
+    "--backbone-weights",
+    "none",
+    "--image-size",
+    "64",
+    "--batch-size",
+    "4",
+    "--num-queries",
+    "20",
+    "--workers",
+    "0",
+    "--eval-every",
+    "99",
+    "--save-every",
+    "0",
+]
 
 
 @pytest.mark.parametrize("detector", ["detr", "ecdet", "ssd"])
 def test_a_step_that_is_not_finite_is_left_out(detector, tiny_data, tmp_path, monkeypatch, capsys):
     poisoned(monkeypatch, {4})
-    status, out, error = called(train.main, ["--data", tiny_data, *RUN, "--detector", detector, "--steps", 9, "--out", tmp_path / "run"], monkeypatch, capsys)
+    status, out, error = called(
+        train.main,
+        ["--data", tiny_data, *RUN, "--detector", detector, "--steps", 9, "--out", tmp_path / "run"],
+        monkeypatch,
+        capsys,
+    )
     assert status == 0, error
     assert out.count("not finite") == 1
     content = read_checkpoint(tmp_path / "run" / "last.pth")
     for key, value in (content["model"] | content["training"]["model"]).items():
         assert value.isfinite().all(), key
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert [row.get("skipped", 0) for row in rows] == [0, 1, 1] and all(np.isfinite(list(row["losses"].values())).all() for row in rows)
+    assert [row.get("skipped", 0) for row in rows] == [0, 1, 1] and all(
+        np.isfinite(list(row["losses"].values())).all() for row in rows
+    )
 
 
 def test_three_in_a_row_roll_back_with_half_the_learning_rate(tiny_data, tmp_path, monkeypatch, capsys):
     poisoned(monkeypatch, {3, 4, 5})
     restored = []
     real = train.distributed.load
-    monkeypatch.setattr(train.distributed, "load", lambda model, optimizers, state: (restored.append({k: v.clone() for k, v in state["model"].items()}), real(model, optimizers, state)))
-    status, out, error = called(train.main, ["--data", tiny_data, *RUN, "--steps", 12, "--keep-every", 1, "--out", tmp_path / "run"], monkeypatch, capsys)
+    monkeypatch.setattr(
+        train.distributed,
+        "load",
+        lambda model, optimizers, state: (
+            restored.append({k: v.clone() for k, v in state["model"].items()}),
+            real(model, optimizers, state),
+        ),
+    )
+    status, out, error = called(
+        train.main,
+        ["--data", tiny_data, *RUN, "--steps", 12, "--keep-every", 1, "--out", tmp_path / "run"],
+        monkeypatch,
+        capsys,
+    )
     assert status == 0, error
     assert "three in a row: back to the weights of" in out and len(restored) == 2
     kept = read_checkpoint(tmp_path / "run" / "epoch0001.pth")["model"]  # of the average, after step 3
@@ -204,7 +299,12 @@ def test_three_in_a_row_roll_back_with_half_the_learning_rate(tiny_data, tmp_pat
 
 def test_when_rolling_back_does_not_help_the_pictures_are_named(tiny_data, tmp_path, monkeypatch, capsys):
     poisoned(monkeypatch, set(range(3, 50)))
-    status, _, error = called(train.main, ["--data", tiny_data, *RUN, "--steps", 30, "--keep-every", 1, "--out", tmp_path / "run"], monkeypatch, capsys)
+    status, _, error = called(
+        train.main,
+        ["--data", tiny_data, *RUN, "--steps", 30, "--keep-every", 1, "--out", tmp_path / "run"],
+        monkeypatch,
+        capsys,
+    )
     assert status == 2 and error.count("\n") == 1 and "bad_batches.txt" in error
     named = (tmp_path / "run" / "bad_batches.txt").read_text().splitlines()
     assert len(named) == 12 and all(Path(name).exists() for name in named)
@@ -220,7 +320,12 @@ def test_no_augmentation_gives_a_box_without_a_size(kind, tmp_path):
     rng = np.random.default_rng(0)
     for annotation in data["annotations"]:  # slivers, specks, boxes at the edge
         x, y = rng.uniform(0, 119), rng.uniform(0, 79)
-        annotation["bbox"] = [x, y, float(rng.choice([1e-9, 0.01, 0.4, 2, 50, 300])), float(rng.choice([1e-9, 0.01, 0.4, 2, 30, 80]))]
+        annotation["bbox"] = [
+            x,
+            y,
+            float(rng.choice([1e-9, 0.01, 0.4, 2, 50, 300])),
+            float(rng.choice([1e-9, 0.01, 0.4, 2, 30, 80])),
+        ]
     path.write_text(json.dumps(data))
     samples = datasets.DetectionDataset(load_splits(root)[0], train_transforms(160, kind))
     kept = 0
@@ -235,7 +340,12 @@ def test_no_augmentation_gives_a_box_without_a_size(kind, tmp_path):
 
 
 def test_damaged_data_sets_are_read_right_or_refused():
-    done = subprocess.run([sys.executable, ROOT / "tests" / "fuzz.py", "--cases", "400", "--seed", str(1_000_000)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests" / "fuzz.py", "--cases", "400", "--seed", str(1_000_000)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "refused" in done.stdout and "read as it was" in done.stdout
 
@@ -243,7 +353,9 @@ def test_damaged_data_sets_are_read_right_or_refused():
 def opened_while(action):
     """-> what action opened, for reading or writing."""
     paths, listening = [], [True]
-    sys.addaudithook(lambda event, arguments: paths.append(str(arguments[0])) if event == "open" and listening else None)
+    sys.addaudithook(
+        lambda event, arguments: paths.append(str(arguments[0])) if event == "open" and listening else None
+    )
     try:
         action()
     finally:
@@ -251,7 +363,17 @@ def opened_while(action):
     return paths
 
 
-OUT_OF_THE_DATA_SET = ["absolute", "dots", "link", "folder link", "xml", "stem", "yolo list", "yolo folder", "annotations"]
+OUT_OF_THE_DATA_SET = [
+    "absolute",
+    "dots",
+    "link",
+    "folder link",
+    "xml",
+    "stem",
+    "yolo list",
+    "yolo folder",
+    "annotations",
+]
 
 
 @pytest.mark.parametrize("how", OUT_OF_THE_DATA_SET)
@@ -260,7 +382,9 @@ def test_no_file_outside_of_the_data_set_is_read(how, tmp_path, capsys):
     secret.mkdir()
     Image.new("RGB", (64, 48)).save(secret / "a.png")
     (secret / "a.txt").write_text("0 0.5 0.5 0.2 0.2")
-    (secret / "a.xml").write_text("<annotation><object><name>cat</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax></bndbox></object></annotation>")
+    (secret / "a.xml").write_text(
+        "<annotation><object><name>cat</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax></bndbox></object></annotation>"
+    )
     root = write_coco(tmp_path / "data", {"train": 2, "val": 2})
     file = root / "annotations" / "instances_train.json"
     data = json.loads(file.read_text())
@@ -313,30 +437,56 @@ def test_an_expanding_annotation_is_refused_at_once(tmp_path):
             layouts.read_voc_file(tmp_path / "a.xml")
     (tmp_path / "a.png").write_bytes(header_of(13000, 13000))
     with pytest.raises(OSError, match="169,000,000 pixels in .* a decompression bomb"):
-        datasets.read_image(tmp_path / "a.png")
+        read_image(tmp_path / "a.png")
     (tmp_path / "b.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
     with pytest.raises(OSError):  # PIL would run Ghostscript
-        datasets.read_image(tmp_path / "b.jpg")
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (6000, 6000), dtype=np.uint8)).save(tmp_path / "large.png")
-    assert datasets.read_image(tmp_path / "large.png").size == (6000, 6000)  # large, and no bomb
+        read_image(tmp_path / "b.jpg")
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (6000, 6000), dtype=np.uint8)).save(
+        tmp_path / "large.png"
+    )
+    assert read_image(tmp_path / "large.png").size == (6000, 6000)  # large, and no bomb
 
 
-CONFIG = DEFAULTS | dict(detector="detr", backbone="ecvit-nano", backbone_weights="none", num_classes=2, num_queries=20, hidden_dim=32, num_heads=2, ffn_dim=32, decoder_layers=1, image_size=64)
+CONFIG = DEFAULTS | dict(
+    detector="detr",
+    backbone="ecvit-nano",
+    backbone_weights="none",
+    num_classes=2,
+    num_queries=20,
+    hidden_dim=32,
+    num_heads=2,
+    ffn_dim=32,
+    decoder_layers=1,
+    image_size=64,
+)
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(detector="os.system"), "describe no detector"), (dict(backbone="../../x"), "no backbone is called"), (dict(hidden_dim=2**40), "hidden_dim is not in"),
-        (dict(num_queries=-1), "num_queries is not in"), (dict(num_heads=0), "num_heads is not in"), (dict(num_classes=10**9), "do not belong together"),
-        (dict(hidden_dim="64"), "describe no detector"), (dict(hidden_dim=8192), "of another shape"), (dict(decoder_layers=90), "missing"), (dict(decoder_layers=10**9), "decoder_layers is not in"),
-        (dict(layers="1;import os"), "--layers"), (None, "describe no detector"), (dict(attention="sideways"), "describe no detector"), (dict(distinct=7), "describe no detector"),
+        (dict(detector="os.system"), "describe no detector"),
+        (dict(backbone="../../x"), "no backbone is called"),
+        (dict(hidden_dim=2**40), "hidden_dim is not in"),
+        (dict(num_queries=-1), "num_queries is not in"),
+        (dict(num_heads=0), "num_heads is not in"),
+        (dict(num_classes=10**9), "do not belong together"),
+        (dict(hidden_dim="64"), "describe no detector"),
+        (dict(hidden_dim=8192), "of another shape"),
+        (dict(decoder_layers=90), "missing"),
+        (dict(decoder_layers=10**9), "decoder_layers is not in"),
+        (dict(layers="1;import os"), "--layers"),
+        (None, "describe no detector"),
+        (dict(attention="sideways"), "describe no detector"),
+        (dict(distinct=7), "describe no detector"),
     ],
-)  # fmt: skip
+)
 def test_settings_from_a_stranger_are_not_believed(change, message, tmp_path):
     model = build_model(CONFIG | {"backbone_weights": None})[0]
     config = None if change is None else CONFIG | change
-    save_checkpoint(tmp_path / "a.pth", {"model": model.state_dict(), "config": config, "classes": ["a", "b"], "category_ids": [1, 2]})
+    save_checkpoint(
+        tmp_path / "a.pth",
+        {"model": model.state_dict(), "config": config, "classes": ["a", "b"], "category_ids": [1, 2]},
+    )
     with pytest.raises(UserError, match=message):
         load(tmp_path / "a.pth", device="cpu")
 
@@ -345,8 +495,16 @@ def test_a_checkpoint_opens_nothing_but_itself(tmp_path):
     for name in ("weights.pth", "init.pth", "data"):
         (tmp_path / name).write_text("")
     model = build_model(CONFIG | {"backbone_weights": None})[0]
-    config = CONFIG | {"backbone_weights": str(tmp_path / "weights.pth"), "init": str(tmp_path / "init.pth"), "data": str(tmp_path / "data"), "out": str(tmp_path / "out")}
-    save_checkpoint(tmp_path / "a.pth", {"model": model.state_dict(), "config": config, "classes": ["a", "b"], "category_ids": [1, 2]})
+    config = CONFIG | {
+        "backbone_weights": str(tmp_path / "weights.pth"),
+        "init": str(tmp_path / "init.pth"),
+        "data": str(tmp_path / "data"),
+        "out": str(tmp_path / "out"),
+    }
+    save_checkpoint(
+        tmp_path / "a.pth",
+        {"model": model.state_dict(), "config": config, "classes": ["a", "b"], "category_ids": [1, 2]},
+    )
     opened = opened_while(lambda: load(tmp_path / "a.pth", device="cpu"))
     assert {path for path in opened if str(tmp_path) in path} == {str(tmp_path / "a.pth")}
 
@@ -357,7 +515,9 @@ def test_a_pickle_that_poses_as_a_checkpoint_is_refused_by_name(tmp_path):
             return (os.system, (f"touch {tmp_path / 'sprung'}",))
 
     torch.save({"model": Trap(), "format": 1, "config": {}}, tmp_path / "trap.pth")
-    with pytest.raises(UserError, match=r"trap.pth: not a checkpoint of weights alone: it holds code .*system.*never run"):
+    with pytest.raises(
+        UserError, match=r"trap.pth: not a checkpoint of weights alone: it holds code .*system.*never run"
+    ):
         read_checkpoint(tmp_path / "trap.pth")
     assert not (tmp_path / "sprung").exists()
 
@@ -375,13 +535,50 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def test_nothing_is_downloaded_that_was_not_asked_for(tiny_data, tmp_path):
     (tmp_path / "watch.py").write_text(NO_NETWORK)
-    environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"} | {"TORCH_HOME": str(tmp_path / "torch"), "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(ROOT)}
-    watched = lambda script, *arguments: subprocess.run([sys.executable, tmp_path / "watch.py", ROOT / script, *map(str, arguments)], capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=200)
-    trained = watched("train.py", "--data", tiny_data, *SMALL, "--backbone", "dinov2-small", "--image-size", 56, "--backbone-weights", "none", "--steps", 1, "--out", tmp_path / "run")
+    environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"} | {
+        "TORCH_HOME": str(tmp_path / "torch"),
+        "HF_HOME": str(tmp_path / "hf"),
+        "PYTHONPATH": str(ROOT),
+    }
+
+    def watched(script, *arguments):
+        return subprocess.run(
+            [sys.executable, tmp_path / "watch.py", ROOT / script, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            env=environment,
+            cwd=tmp_path,
+            timeout=200,
+        )
+
+    trained = watched(
+        "train.py",
+        "--data",
+        tiny_data,
+        *SMALL,
+        "--backbone",
+        "dinov2-small",
+        "--image-size",
+        56,
+        "--backbone-weights",
+        "none",
+        "--steps",
+        1,
+        "--out",
+        tmp_path / "run",
+    )
     assert trained.returncode == 0, trained.stderr
-    found = watched("infer.py", tiny_data / "val2017", "--checkpoint", tmp_path / "run" / "best.pth", "--out", tmp_path / "found")
+    found = watched(
+        "infer.py", tiny_data / "val2017", "--checkpoint", tmp_path / "run" / "best.pth", "--out", tmp_path / "found"
+    )
     assert found.returncode == 0 and "NETWORK" not in trained.stdout + found.stdout
-    for arguments in (["--backbone", "ecvitt"], ["--backbone", "dinov2-small"], ["--init", "ecdet_s.pth"], ["--init", "Intellindust/ECDet_S"], ["--init", "someone/cats"]):
+    for arguments in (
+        ["--backbone", "ecvitt"],
+        ["--backbone", "dinov2-small"],
+        ["--init", "ecdet_s.pth"],
+        ["--init", "Intellindust/ECDet_S"],
+        ["--init", "someone/cats"],
+    ):
         refused = watched("train.py", "--data", tiny_data, "--offline", *arguments, "--out", tmp_path / "other")
         assert refused.returncode == 2 and "NETWORK" not in refused.stdout, refused.stdout
         assert refused.stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in refused.stderr
@@ -391,7 +588,7 @@ def test_nothing_is_downloaded_that_was_not_asked_for(tiny_data, tmp_path):
 
 
 def test_a_checkpoint_of_the_first_format_still_opens(tmp_path):
-    """tests/parity/format1.json: a detector of 2026-11, its weights run-length coded, and what it found then in a picture of squares."""
+    """tests/parity/format1.json: a detector of 2026-11, its weights run-length coded, and its detections of then."""
     old = json.loads((ROOT / "tests" / "parity" / "format1.json").read_text())
     (tmp_path / "old.pth").write_bytes(gzip.decompress(base64.b64decode(old["file"])))
     picture = np.full((48, 64, 3), 90, dtype=np.uint8)
@@ -416,12 +613,18 @@ def old_picture(h, w, seed):
 
 @pytest.mark.parametrize("name", OF_MAIN["detectors"])
 def test_a_checkpoint_of_november_2026_gives_its_detections_of_then(name, tmp_path):
-    """Its settings lack those that came since, which then mean what was done without them. Weights are drawn by key and shape."""
+    """Its settings lack those that came since, which then mean what was done without them.
+
+    Weights are drawn by key and shape.
+    """
     old = OF_MAIN["detectors"][name]
     state = build_model(settings_of(old["config"]), load_weights=False)[0].state_dict()
     assert {key: list(value.shape) for key, value in state.items()} == old["shapes"] | old["other"]
     state |= {key: reference_weight(key, shape) for key, shape in old["shapes"].items()}
-    save_checkpoint(tmp_path / "old.pth", {"model": state, "config": old["config"], "classes": ["a", "b", "c"], "category_ids": [1, 2, 3]})
+    save_checkpoint(
+        tmp_path / "old.pth",
+        {"model": state, "config": old["config"], "classes": ["a", "b", "c"], "category_ids": [1, 2, 3]},
+    )
     detector = load(tmp_path / "old.pth", device="cpu", threshold=0.0)
     for seed, ((h, w), then) in enumerate(zip(OF_MAIN["pictures"], old["found"])):
         found = detector(old_picture(h, w, seed))

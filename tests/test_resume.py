@@ -12,6 +12,7 @@ from conftest import ROOT
 from test_commands import called
 from test_matrix import FAMILIES, tiny_backbones  # noqa: F401 - a fixture
 
+import runs
 import train
 from backbones import build_backbone
 from checkpoint import copy_classes, read_checkpoint, start_from
@@ -55,9 +56,25 @@ def same_weights(a, b):
 
 
 @pytest.mark.parametrize("detector", DETECTORS)
-def test_a_run_from_pretrained_weights_is_resumed_to_the_bit(detector, weights, tiny_data, tmp_path, monkeypatch, capsys):
+def test_a_run_from_pretrained_weights_is_resumed_to_the_bit(
+    detector, weights, tiny_data, tmp_path, monkeypatch, capsys
+):
     """Stopped while the backbone is frozen, and again after; under the recipe that pretrained weights get."""
-    arguments = ["--data", tiny_data, *TINY, "--detector", detector, "--backbone-weights", weights, "--steps", 8, "--freeze-backbone", 1, "--eval-every", 99]
+    arguments = [
+        "--data",
+        tiny_data,
+        *TINY,
+        "--detector",
+        detector,
+        "--backbone-weights",
+        weights,
+        "--steps",
+        8,
+        "--freeze-backbone",
+        1,
+        "--eval-every",
+        99,
+    ]
     status, _, error = called(train.main, [*arguments, "--out", tmp_path / "whole"], monkeypatch, capsys)
     assert status == 0, error
     with monkeypatch.context() as patch:
@@ -71,8 +88,28 @@ def test_a_run_from_pretrained_weights_is_resumed_to_the_bit(detector, weights, 
 
 
 def test_a_run_of_before_local_attention_goes_on_as_it_was(tiny_data, tmp_path, monkeypatch, capsys):
-    """Its settings know neither of attention nor of doubles. Fine-tuned, it keeps its attention, and its queries are kept apart."""
-    run, arguments = tmp_path / "parts", ["--data", tiny_data, *TINY, "--attention", "global", "--distinct", 0, "--copies", 0, "--steps", 6, "--eval-every", 99]
+    """Its settings know neither of attention nor of doubles.
+
+    Fine-tuned, it keeps its attention, and its queries are kept apart.
+    """
+    run, arguments = (
+        tmp_path / "parts",
+        [
+            "--data",
+            tiny_data,
+            *TINY,
+            "--attention",
+            "global",
+            "--distinct",
+            0,
+            "--num-denoising",
+            0,
+            "--steps",
+            6,
+            "--eval-every",
+            99,
+        ],
+    )
     status, _, error = called(train.main, [*arguments, "--out", tmp_path / "whole"], monkeypatch, capsys)
     assert status == 0, error
     with monkeypatch.context() as patch:
@@ -81,22 +118,38 @@ def test_a_run_of_before_local_attention_goes_on_as_it_was(tiny_data, tmp_path, 
     assert status == 130, error
     saved = torch.load(run / "last.pth", weights_only=True)
     assert (saved["config"].pop("attention"), saved["config"].pop("distinct")) == ("global", 0.0)
-    saved["config"]["copies"] = DEFAULTS["copies"]  # a setting that only DINO read
+    saved["config"]["num_denoising"] = DEFAULTS["num_denoising"]  # a setting that only DINO read
     torch.save(saved, run / "last.pth")
     status, _, error = called(train.main, ["--resume", run], monkeypatch, capsys)
     assert status == 0, error
     same_weights(tmp_path / "whole", run)
-    status, _, error = called(train.main, ["--data", tiny_data, "--init", run / "best.pth", "--steps", 1, "--out", tmp_path / "tuned"], monkeypatch, capsys)
+    status, _, error = called(
+        train.main,
+        ["--data", tiny_data, "--init", run / "best.pth", "--steps", 1, "--out", tmp_path / "tuned"],
+        monkeypatch,
+        capsys,
+    )
     assert status == 0, error
     config = json.loads((tmp_path / "tuned" / "config.json").read_text())
     assert (config["attention"], config["distinct"]) == ("global", DEFAULTS["distinct"])
 
 
 def test_norms_that_came_with_weights_stay_frozen_however_the_model_is_built(weights):
-    config = DEFAULTS | dict(detector="detr", backbone="ecvit-nano", num_classes=2, num_queries=10, hidden_dim=32, num_heads=2, ffn_dim=32, decoder_layers=1)
+    config = DEFAULTS | dict(
+        detector="detr",
+        backbone="ecvit-nano",
+        num_classes=2,
+        num_queries=10,
+        hidden_dim=32,
+        num_heads=2,
+        ffn_dim=32,
+        decoder_layers=1,
+    )
     for settings, frozen in (
-        ({"backbone_weights": str(weights)}, True), ({"backbone_weights": "none"}, False), ({"backbone_weights": "none", "init": "best.pth"}, True),
-    ):  # fmt: skip
+        ({"backbone_weights": str(weights)}, True),
+        ({"backbone_weights": "none"}, False),
+        ({"backbone_weights": "none", "init": "best.pth"}, True),
+    ):
         for load_weights in (True, False):
             model = build_model(config | settings, load_weights)[0].train()
             assert model.backbone.backbone.patch_embed.convs[0].norm.training != frozen, (settings, load_weights)
@@ -119,18 +172,20 @@ def test_a_failure_before_the_first_step_can_be_resumed(tiny_data, tmp_path, mon
 
 def test_the_report_is_drawn_after_a_resume_too(tiny_data, tmp_path, monkeypatch, capsys):
     """Of the best epoch, which was before the interruption."""
-    real, calls = train.evaluate, []
+    real, calls = runs.evaluate, []
 
     def falling(*arguments, **options):
         figures, *rest = real(*arguments, **options)
         calls.append(figures and figures.update(AP=1.0 - 0.1 * len(calls)))
         return figures, *rest
 
-    monkeypatch.setattr(train, "evaluate", falling)
+    monkeypatch.setattr(runs, "evaluate", falling)
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
         interrupted_at({5}, patch)
-        status, _, error = called(train.main, ["--data", tiny_data, *TINY, "--steps", 9, "--eval-every", 1, "--out", run], monkeypatch, capsys)
+        status, _, error = called(
+            train.main, ["--data", tiny_data, *TINY, "--steps", 9, "--eval-every", 1, "--out", run], monkeypatch, capsys
+        )
     assert status == 130 and not (run / "confusion.png").exists(), error
     status, _, error = called(train.main, ["--resume", run], monkeypatch, capsys)
     assert status == 0, error
@@ -141,20 +196,58 @@ def test_the_report_is_drawn_after_a_resume_too(tiny_data, tmp_path, monkeypatch
 
 def test_last_pth_knows_of_every_best_pth(tiny_data, tmp_path, monkeypatch, capsys):
     """A run that is killed after its best epoch must not take a worse one for the best when it goes on."""
-    written, keep = [], train.save_checkpoint
-    monkeypatch.setattr(train, "save_checkpoint", lambda path, content: (written.append((path.name, content.get("training", {}).get("best"), content.get("figures", {}).get("AP"))), keep(path, content)))
-    status, _, error = called(train.main, ["--data", tiny_data, *TINY, "--steps", 9, "--eval-every", 1, "--out", tmp_path / "run"], monkeypatch, capsys)
+    written, keep = [], runs.save_checkpoint
+    monkeypatch.setattr(
+        runs,
+        "save_checkpoint",
+        lambda path, content: (
+            written.append(
+                (path.name, content.get("training", {}).get("best_ap"), content.get("figures", {}).get("AP"))
+            ),
+            keep(path, content),
+        ),
+    )
+    status, _, error = called(
+        train.main,
+        ["--data", tiny_data, *TINY, "--steps", 9, "--eval-every", 1, "--out", tmp_path / "run"],
+        monkeypatch,
+        capsys,
+    )
     assert status == 0, error
     best = [(i, figure) for i, (name, _, figure) in enumerate(written) if name == "best.pth"]
     assert best and all(written[i + 1][:2] == ("last.pth", figure) for i, figure in best)
 
 
 def test_last_pth_is_written_by_the_clock_and_at_the_end(tiny_data, tmp_path, monkeypatch, capsys):
-    written, keep = [], train.save_checkpoint
-    monkeypatch.setattr(train, "save_checkpoint", lambda path, content: (written.append((path.name, content.get("training", {}).get("step"))), keep(path, content)))
+    written, keep = [], runs.save_checkpoint
+    monkeypatch.setattr(
+        runs,
+        "save_checkpoint",
+        lambda path, content: (
+            written.append((path.name, content.get("training", {}).get("step"))),
+            keep(path, content),
+        ),
+    )
     for seconds, steps in (("60", {1, 8}), ("0", set(range(1, 9)))):
         written.clear()
-        status, _, error = called(train.main, ["--data", tiny_data, *TINY, "--steps", 8, "--eval-every", 99, "--save-every", seconds, "--out", tmp_path / seconds], monkeypatch, capsys)
+        status, _, error = called(
+            train.main,
+            [
+                "--data",
+                tiny_data,
+                *TINY,
+                "--steps",
+                8,
+                "--eval-every",
+                99,
+                "--save-every",
+                seconds,
+                "--out",
+                tmp_path / seconds,
+            ],
+            monkeypatch,
+            capsys,
+        )
         assert status == 0, error
         assert {step for name, step in written if name == "last.pth"} == steps
 
@@ -171,15 +264,30 @@ class Late:  # its end comes when the interpreter has given up its own handlers
 late = Late()
 sys.argv = ["train.py", *sys.argv[1:]]
 import train
-train.run(train.main)
+train.run_script(train.main)
 """
 
 
 @pytest.mark.parametrize("stopped, status", [(False, 0), (True, 130)])
 def test_a_signal_after_the_end_changes_nothing(stopped, status, tiny_data, tmp_path):
     arguments = ["--data", tiny_data, *TINY, "--steps", 2, "--out", tmp_path / "run"]
-    code = AT_SHUTDOWN if not stopped else AT_SHUTDOWN.replace("import train\n", "import train\nreal = train.collate\ntrain.collate = lambda *a, **k: (os.kill(os.getpid(), signal.SIGINT), real(*a, **k))[1]\n")
-    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120)
+    code = (
+        AT_SHUTDOWN
+        if not stopped
+        else AT_SHUTDOWN.replace(
+            "import train\n",
+            "import train\nreal = train.collate\n"
+            "train.collate = lambda *a, **k: (os.kill(os.getpid(), signal.SIGINT), real(*a, **k))[1]\n",
+        )
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert "signals now" in done.stderr and done.returncode == status, (done.returncode, done.stderr)
     assert read_checkpoint(tmp_path / "run" / "last.pth")["training"]["step"] == (1 if stopped else 2)
 
@@ -187,11 +295,18 @@ def test_a_signal_after_the_end_changes_nothing(stopped, status, tiny_data, tmp_
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_fault_of_the_code_keeps_its_traceback(workers, tiny_data, tmp_path, monkeypatch, capsys):
     def broken(self, indices):
-        return [self[index] for index in indices] if getattr(indices[0], "seed", 1) % 3 else torch.ones(2) @ torch.ones(3)
+        return (
+            [self[index] for index in indices] if getattr(indices[0], "seed", 1) % 3 else torch.ones(2) @ torch.ones(3)
+        )
 
     monkeypatch.setattr(train.DetectionDataset, "__getitems__", broken)
     with pytest.raises(RuntimeError, match="inconsistent tensor size|size mismatch") as caught:
-        called(train.main, ["--data", tiny_data, *TINY[:-1], workers, "--steps", 30, "--out", tmp_path / "run"], monkeypatch, capsys)
+        called(
+            train.main,
+            ["--data", tiny_data, *TINY[:-1], workers, "--steps", 30, "--out", tmp_path / "run"],
+            monkeypatch,
+            capsys,
+        )
     assert workers == 0 or "in broken" in str(caught.value)  # the worker's own lines
     assert (tmp_path / "run" / "last.pth").exists()
 
@@ -201,12 +316,15 @@ def test_nothing_is_said_to_be_saved_that_was_not(tmp_path):
         yield 1
         raise error
 
-    for error, cause in ((OSError("stale"), "stale"), (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "was killed, for want of memory perhaps")):
+    run = object.__new__(runs.Run)
+    run.can_save_alone, run.folder = False, tmp_path
+    killed = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+    for error, cause in ((OSError("stale"), "stale"), (killed, "was killed, perhaps because memory ran out")):
         with pytest.raises(UserError, match=f"{cause}.*; nothing was saved yet"):
-            list(train.while_readable(loader(error), None, tmp_path))
+            list(run.loading(loader(error)))
     (tmp_path / "last.pth").write_text("")
     with pytest.raises(UserError, match="go on with --resume"):
-        list(train.while_readable(loader(OSError("stale")), None, tmp_path))
+        list(run.loading(loader(OSError("stale"))))
 
 
 # Fine-tuning to other classes
@@ -214,16 +332,34 @@ def test_nothing_is_said_to_be_saved_that_was_not(tmp_path):
 
 def checkpoint_of(detector, backbone, classes):
     torch.manual_seed(1)
-    config = DEFAULTS | dict(detector=detector, size="nano", backbone=backbone, backbone_weights=None, num_queries=12, hidden_dim=32, num_heads=2, ffn_dim=32,
-                             encoder_layers=1, decoder_layers=2, copies=8)  # fmt: skip
+    config = DEFAULTS | dict(
+        detector=detector,
+        size="nano",
+        backbone=backbone,
+        backbone_weights=None,
+        num_queries=12,
+        hidden_dim=32,
+        num_heads=2,
+        ffn_dim=32,
+        encoder_layers=1,
+        decoder_layers=2,
+        num_denoising=8,
+    )
     model = build_model(config | {"num_classes": len(classes)})[0]
     with torch.no_grad():
         for value in [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())]:
             value.add_(0.1 * torch.rand_like(value))
-    return config, {"model": model.state_dict(), "config": config, "classes": classes, "category_ids": list(range(len(classes)))}, model
+    return (
+        config,
+        {"model": model.state_dict(), "config": config, "classes": classes, "category_ids": list(range(len(classes)))},
+        model,
+    )
 
 
-@pytest.mark.parametrize("detector, family", [*((detector, "ecvit") for detector in DETECTORS), *(("detr", family) for family in FAMILIES if family != "ecvit")])
+@pytest.mark.parametrize(
+    "detector, family",
+    [*((detector, "ecvit") for detector in DETECTORS), *(("detr", family) for family in FAMILIES if family != "ecvit")],
+)
 def test_every_weight_but_the_rows_of_new_classes_is_the_checkpoints(detector, family, capsys):
     old, new = ["cat", "dog", "emu"], ["emu", "axolotl", "cat", "bee"]
     config, content, before = checkpoint_of(detector, f"tiny-{family}", old)
@@ -242,11 +378,13 @@ def test_every_weight_but_the_rows_of_new_classes_is_the_checkpoints(detector, f
         first = 1 if detector == "ssd" else 0
         groups = model.boxes.num_anchors_per_location()[int(key.split(".")[3])] if detector == "ssd" else 1
         ours, theirs, made = (rows.unflatten(0, (groups, -1)) for rows in (value, theirs, fresh[key]))
-        assert torch.equal(ours[:, :first], theirs[:, :first]) and torch.equal(ours[:, first + 4 :], theirs[:, first + 3 :])  # background, "no object"
+        assert torch.equal(ours[:, :first], theirs[:, :first]) and torch.equal(
+            ours[:, first + 4 :], theirs[:, first + 3 :]
+        )  # background, "no object"
         for label, name in enumerate(new):
             wanted = theirs[:, first + old.index(name)] if name in old else made[:, first + label]
             assert torch.equal(ours[:, first + label], wanted), (key, name)
-    assert "kept by name: emu, cat; made anew: axolotl, bee" in capsys.readouterr().out
+    assert "kept by name: emu, cat; newly initialised: axolotl, bee" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("detector", DETECTORS)
@@ -259,11 +397,21 @@ def test_fine_tuning_detects_the_classes_that_it_knows_as_before(detector, capsy
     features = {}
     with torch.no_grad():
         for name, network in (("before", before), ("after", model)):
-            head = {"detr": "dense_class", "detr-2020": "class_head", "ecdet": "decoder.enc_score_head", "dino": "enc_class_head", "ssd": "head.classification_head"}[detector]
-            network.eval().get_submodule(head).register_forward_hook(lambda module, inputs, output, name=name: features.update({name: output}))
+            head = {
+                "detr": "dense_class",
+                "detr-2020": "class_head",
+                "ecdet": "decoder.enc_score_head",
+                "dino": "enc_class_head",
+                "ssd": "head.classification_head",
+            }[detector]
+            network.eval().get_submodule(head).register_forward_hook(
+                lambda module, inputs, output, name=name: features.update({name: output})
+            )
             network(images, mask)
     columns = ([1, 3], [3, 1]) if detector == "ssd" else ([0, 2], [2, 0])  # cat and emu, before; after
-    assert torch.allclose(features["before"][..., columns[0]], features["after"][..., [columns[1][0], columns[0][0]]], atol=1e-5)
+    assert torch.allclose(
+        features["before"][..., columns[0]], features["after"][..., [columns[1][0], columns[0][0]]], atol=1e-5
+    )
 
 
 def test_a_layer_made_for_something_else_is_left_to_the_strict_check():
@@ -272,20 +420,43 @@ def test_a_layer_made_for_something_else_is_left_to_the_strict_check():
 
 
 def test_an_init_and_backbone_weights_follow_one_policy(tiny_data, weights, tmp_path, monkeypatch, capsys):
-    """Batch statistics of the stem stay what the file brought, in a run from backbone weights, and in one from its checkpoint."""
+    """Batch statistics of the stem stay the file's, in a run from backbone weights, and in one from its checkpoint."""
     key = "backbone.backbone.patch_embed.convs.0.norm.running_mean"
-    for out, begin in (("a", ["--backbone", "ecvit-nano", "--backbone-weights", weights]), ("b", ["--init", tmp_path / "a" / "best.pth"])):
-        arguments = ["--data", tiny_data, *begin, "--image-size", 48, "--batch-size", 4, "--workers", 0, "--steps", 2, "--out", tmp_path / out]
+    for out, begin in (
+        ("a", ["--backbone", "ecvit-nano", "--backbone-weights", weights]),
+        ("b", ["--init", tmp_path / "a" / "best.pth"]),
+    ):
+        arguments = [
+            "--data",
+            tiny_data,
+            *begin,
+            "--image-size",
+            48,
+            "--batch-size",
+            4,
+            "--workers",
+            0,
+            "--steps",
+            2,
+            "--out",
+            tmp_path / out,
+        ]
         status, _, error = called(train.main, arguments, monkeypatch, capsys)
         assert status == 0, error
-        assert torch.equal(torch.load(tmp_path / out / "last.pth", weights_only=True)["training"]["model"][key], torch.load(weights)[key[9:]])
+        assert torch.equal(
+            torch.load(tmp_path / out / "last.pth", weights_only=True)["training"]["model"][key],
+            torch.load(weights)[key[9:]],
+        )
 
 
 # float16
 
 
 def test_overflows_of_float16_are_the_scalers_and_no_steps_that_went_wrong(tiny_data, tmp_path, monkeypatch, capsys):
-    """Its factor starts at 65,536 and comes down until gradients fit; gradients are clipped and reach Muon unscaled; it is resumed."""
+    """Its factor starts at 65,536 and comes down until gradients fit; gradients are clipped and reach Muon unscaled.
+
+    The factor is resumed.
+    """
     scales, real = [], train.torch.amp.GradScaler
 
     class Scaler(real):
@@ -293,7 +464,9 @@ def test_overflows_of_float16_are_the_scalers_and_no_steps_that_went_wrong(tiny_
             super().update(*arguments)
             scales.append(self.get_scale())
 
-    monkeypatch.setattr(train.torch.amp, "GradScaler", lambda device, **options: Scaler(device, init_scale=2.0**40, **options))
+    monkeypatch.setattr(
+        train.torch.amp, "GradScaler", lambda device, **options: Scaler(device, init_scale=2.0**40, **options)
+    )
     arguments = ["--data", tiny_data, *TINY, "--precision", "float16", "--eval-every", 99]
     status, out, error = called(train.main, [*arguments, "--steps", 40, "--out", tmp_path / "run"], monkeypatch, capsys)
     assert status == 0, error
@@ -304,8 +477,17 @@ def test_overflows_of_float16_are_the_scalers_and_no_steps_that_went_wrong(tiny_
     norms, clip = {}, train.distributed.clip_gradients
     for precision in ("float32", "float16"):
         seen = norms.setdefault(precision, [])
-        monkeypatch.setattr(train.distributed, "clip_gradients", lambda parameters, most: (seen.append(float(clip(parameters, most))), torch.tensor(seen[-1]))[1])
-        status, _, error = called(train.main, [*arguments[:-4], "--precision", precision, "--steps", 1, "--out", tmp_path / precision], monkeypatch, capsys)
+        monkeypatch.setattr(
+            train.distributed,
+            "clip_gradients",
+            lambda parameters, most, seen=seen: (seen.append(float(clip(parameters, most))), torch.tensor(seen[-1]))[1],
+        )
+        status, _, error = called(
+            train.main,
+            [*arguments[:-4], "--precision", precision, "--steps", 1, "--out", tmp_path / precision],
+            monkeypatch,
+            capsys,
+        )
         assert status == 0, error
     assert norms["float16"][0] == pytest.approx(norms["float32"][0], rel=0.05)
 

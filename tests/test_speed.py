@@ -4,6 +4,8 @@ import subprocess
 import sys
 import weakref
 
+import benchmark
+import peers
 import pytest
 import torch
 from conftest import ROOT
@@ -11,21 +13,30 @@ from test_commands import called
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-import benchmark
-import peers
 from detr_model import build_model
-from ecvit import fold
+from ecvit import fuse
 from settings import DEFAULTS
 
-CONFIG = DEFAULTS | dict(backbone="ecvit-nano", backbone_weights=None, size="nano", num_classes=5, num_queries=50, hidden_dim=128, num_heads=4, ffn_dim=512,
-                         encoder_layers=1, decoder_layers=2, copies=40)  # fmt: skip
-# detector: GFLOPs of a step, MiB kept for the backward pass, GFLOPs of detecting. How many operators there are depends on the version
-# of PyTorch: of those only how their number grows is looked at.
+CONFIG = DEFAULTS | dict(
+    backbone="ecvit-nano",
+    backbone_weights=None,
+    size="nano",
+    num_classes=5,
+    num_queries=50,
+    hidden_dim=128,
+    num_heads=4,
+    ffn_dim=512,
+    encoder_layers=1,
+    decoder_layers=2,
+    num_denoising=40,
+)
+# detector: GFLOPs of a step, MiB kept for the backward pass, GFLOPs of detecting. How many operators there are depends
+# on the version of PyTorch: of those only how their number grows is looked at.
 MOST = {"detr": (2.8, 14, 0.75), "ecdet": (2.4, 21.5, 0.52), "dino": (2.8, 17, 0.7), "detr-2020": (1.1, 8, 0.37)}
 
 
 class Counter(TorchDispatchMode):
-    """Counts the operators that compute something (no views), and the operations of products, convolutions and attention."""
+    """Counts the operators that compute (no views), and the operations of products, convolutions and attention."""
 
     def __init__(self):
         super().__init__()
@@ -48,7 +59,9 @@ def cost(detector, pictures=2, objects=3, side=96, **changes):
     torch.manual_seed(0)
     model, criterion, _ = build_model(CONFIG | {"detector": detector} | changes)
     images, mask = torch.randn(pictures, 3, side, side), torch.zeros(pictures, side, side, dtype=torch.bool)
-    targets = [{"labels": torch.randint(5, (objects,)), "boxes": 0.3 + 0.2 * torch.rand(objects, 4)} for _ in range(pictures)]
+    targets = [
+        {"labels": torch.randint(5, (objects,)), "boxes": 0.3 + 0.2 * torch.rand(objects, 4)} for _ in range(pictures)
+    ]
     kept = weakref.WeakSet()  # what the forward pass itself gave up again is not kept
 
     def keep(tensor):
@@ -62,7 +75,7 @@ def cost(detector, pictures=2, objects=3, side=96, **changes):
         loss.backward()
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     activations = sum(size for pointer, size in sizes.items() if pointer not in weights)
-    model = fold(model.eval())
+    model = fuse(model.eval())
     with torch.no_grad(), Counter() as detecting:
         model(images, mask)
     return step.flops / 1e9, activations / 2**20, detecting.flops / 1e9, step.operators
@@ -92,11 +105,14 @@ def test_costs_grow_no_faster_than_what_they_are_for(detector):
     queries = cost(detector, num_queries=100)  # self-attention among them is quadratic
     assert queries[0] < 2 * operations and queries[1] < 2.2 * kept
     classes, more = cost(detector, num_classes=1000), cost(detector, num_classes=2000)
-    assert more[0] - classes[0] < 1.05 * (classes[0] - operations) * 1000 / 995 and more[1] - classes[1] < 1.05 * (classes[1] - kept) * 1000 / 995
+    assert (
+        more[0] - classes[0] < 1.05 * (classes[0] - operations) * 1000 / 995
+        and more[1] - classes[1] < 1.05 * (classes[1] - kept) * 1000 / 995
+    )
 
 
 class Host:
-    """Stands for the host in a step on the meta device, which has shapes and no values: whoever asks it for one fails."""
+    """Stands for the host in a step on the meta device, which has shapes and no values: who asks it for one fails."""
 
     def __init__(self):
         self.copies = 0
@@ -115,7 +131,10 @@ def test_a_step_waits_for_the_device_where_objects_are_matched_and_nowhere_else(
         model, criterion, _ = build_model(CONFIG | {"detector": detector})
     mask = torch.zeros(2, 96, 96, dtype=torch.bool)
     mask[1, 64:] = True
-    targets = [{"labels": torch.zeros(n, dtype=torch.long, device="meta"), "boxes": torch.zeros(n, 4, device="meta")} for n in (3, 1)]
+    targets = [
+        {"labels": torch.zeros(n, dtype=torch.long, device="meta"), "boxes": torch.zeros(n, 4, device="meta")}
+        for n in (3, 1)
+    ]
     outputs = model(torch.zeros(2, 3, 96, 96, device="meta"), mask, targets)
     assert host.copies == 0
     sum(criterion(outputs, targets).values()).backward()
@@ -128,7 +147,9 @@ def test_the_benchmark_compares_the_same_network():
     images, mask = torch.randn(1, 3, 56, 56), torch.zeros(1, 56, 56, dtype=torch.bool)
     with torch.no_grad():
         found, expected = ours(images, mask), theirs(images, mask)
-    assert (found["pred_logits"] - expected.logits).abs().max() < 1e-3 and (found["pred_boxes"] - expected.pred_boxes).abs().max() < 1e-3
+    assert (found["pred_logits"] - expected.logits).abs().max() < 1e-3 and (
+        found["pred_boxes"] - expected.pred_boxes
+    ).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("name", ["matcher", "loading"])
@@ -145,16 +166,31 @@ def test_both_evaluations_find_the_same_and_growth_is_drawn(monkeypatch, capsys,
     figures, summaries = [], []
     measured, summarize = benchmark.measure, benchmark.COCOeval.summarize
     monkeypatch.setattr(benchmark, "measure", lambda *given: figures.append(measured(*given)[0]))
-    monkeypatch.setattr(benchmark.COCOeval, "summarize", lambda self: (summarize(self), summaries.append(self.stats.tolist())))
+    monkeypatch.setattr(
+        benchmark.COCOeval, "summarize", lambda self: (summarize(self), summaries.append(self.stats.tolist()))
+    )
     benchmark.compare_evaluation(torch.device("cpu"), 1, pictures=6)
     ours, theirs = summaries  # each made its own
     assert ours == theirs and 0 < figures[0]["AP"] == ours[0] < 1
     monkeypatch.setattr(benchmark, "GROWTH", {"pixels": (64, 128), "classes": (3, 300)})
-    status, out, err = called(benchmark.main, ["--growth", tmp_path / "growth.png", "--detector", "ecdet", "--size", "nano"], monkeypatch, capsys)
+    status, out, err = called(
+        benchmark.main,
+        ["--growth", tmp_path / "growth.png", "--detector", "ecdet", "--size", "nano"],
+        monkeypatch,
+        capsys,
+    )
     assert status == 0, err
-    assert [line.split()[0] for line in out.splitlines()[-2:]] == ["pixels", "classes"] and (tmp_path / "growth.png").stat().st_size > 10_000
+    assert [line.split()[0] for line in out.splitlines()[-2:]] == ["pixels", "classes"] and (
+        tmp_path / "growth.png"
+    ).stat().st_size > 10_000
 
 
 def test_a_detector_on_its_own_backbone_imports_no_model_of_transformers():
-    code = "import sys, detector; print([name for name in sys.modules if name.startswith('transformers.models.') and '.modeling_' in name])"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout == "[]\n"
+    code = (
+        "import sys, detector; print([name for name in sys.modules "
+        "if name.startswith('transformers.models.') and '.modeling_' in name])"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        == "[]\n"
+    )

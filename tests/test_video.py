@@ -6,10 +6,8 @@ import torch
 from PIL import Image, ImageDraw
 
 import infer
-import video
-from detector import Detector
+from detector import Detector, detect_in_tiles, merge, tile_starts
 from errors import UserError
-from tiles import detect_in_tiles, merge, tile_starts
 
 
 class RedSquares:
@@ -21,7 +19,12 @@ class RedSquares:
         red = np.asarray(image).astype(int)
         mask = (red[..., 0] > 180) & (red[..., 1] < 90) & (red[..., 2] < 90)
         if not mask.any():
-            return {"scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.long), "boxes": torch.zeros(0, 4), "names": []}
+            return {
+                "scores": torch.zeros(0),
+                "labels": torch.zeros(0, dtype=torch.long),
+                "boxes": torch.zeros(0, 4),
+                "names": [],
+            }
         ys, xs = mask.nonzero()
         box = torch.tensor([[xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]]).float()
         return {"scores": torch.tensor([0.9]), "labels": torch.tensor([0]), "boxes": box, "names": ["red"]}
@@ -46,7 +49,9 @@ def test_every_frame_of_a_clip_comes_out_with_its_box(tmp_path):
     av = pytest.importorskip("av")
     count = write_clip(tmp_path / "clip.mp4")
     rows = []
-    count, seconds, trouble = video.detect_in_video(str(tmp_path / "clip.mp4"), RedSquares(), tmp_path / "out.mp4", rows.append)
+    count, seconds, trouble = infer.detect_in_video(
+        str(tmp_path / "clip.mp4"), RedSquares(), tmp_path / "out.mp4", rows.append
+    )
     assert count == len(rows)
     assert len(rows) == count == 120 and trouble is None and all(value > 0 for value in seconds.values())
     assert [row["frame"] for row in rows] == list(range(120)) and rows[60]["time"] == pytest.approx(5.0, abs=0.01)
@@ -68,30 +73,39 @@ def test_a_video_from_the_command_line(tmp_path, monkeypatch, capsys):
     write_clip(tmp_path / "clip.mp4", seconds=1)
     monkeypatch.setattr(infer, "load", lambda *args, **options: RedSquares())
     monkeypatch.setattr(RedSquares, "device", torch.device("cpu"), raising=False)
-    monkeypatch.setattr(sys, "argv", ["infer.py", str(tmp_path / "clip.mp4"), "--checkpoint", "x", "--out", str(tmp_path / "found")])
+    monkeypatch.setattr(
+        sys, "argv", ["infer.py", str(tmp_path / "clip.mp4"), "--checkpoint", "x", "--out", str(tmp_path / "found")]
+    )
     infer.main()
     said = capsys.readouterr().out
     assert "12 frames; frames/s: decoding" in said and "network" in said and "drawing" in said
     import json
 
     rows = json.loads((tmp_path / "found" / "detections.json").read_text())
-    assert len(rows) == 12 and rows[3]["frame"] == 3 and rows[3]["category_id"] == 7 and (tmp_path / "found" / "clip.mp4").stat().st_size > 0
+    assert (
+        len(rows) == 12
+        and rows[3]["frame"] == 3
+        and rows[3]["category_id"] == 7
+        and (tmp_path / "found" / "clip.mp4").stat().st_size > 0
+    )
 
 
 def test_what_is_no_video(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(UserError, match="videos and cameras need PyAV; pip install av"):
-        video.open_video("clip.mp4")
+        infer.open_video("clip.mp4")
     monkeypatch.undo()
     pytest.importorskip("av")
     (tmp_path / "text.mp4").write_text("no video")
     with pytest.raises(UserError, match="text.mp4: can't be opened as a video"):
-        video.open_video(str(tmp_path / "text.mp4"))
+        infer.open_video(str(tmp_path / "text.mp4"))
     with pytest.raises(UserError, match="can't be opened as a camera"):
-        video.open_video("93")
+        infer.open_video("93")
 
 
-@pytest.mark.parametrize("length, side, overlap", [(100, 640, 0.25), (640, 640, 0.25), (641, 640, 0.25), (4000, 640, 0.25), (1500, 500, 0.5)])
+@pytest.mark.parametrize(
+    "length, side, overlap", [(100, 640, 0.25), (640, 640, 0.25), (641, 640, 0.25), (4000, 640, 0.25), (1500, 500, 0.5)]
+)
 def test_tiles_cover_the_picture_and_overlap(length, side, overlap):
     starts = tile_starts(length, side, overlap)
     assert starts[0] == 0 and (len(starts) == 1 or starts[-1] + side == length)
@@ -99,7 +113,7 @@ def test_tiles_cover_the_picture_and_overlap(length, side, overlap):
 
 
 def squares_in(images):
-    """Every red square of 20 pixels' grid cells in a picture, as it is cut: a detector that knows no more than its tile."""
+    """Every red square of 20 pixels' grid cells in an image, as it is cut: a detector that knows only its tile."""
     found = []
     for image in images:
         red = np.asarray(image)[..., 0] > 128
@@ -115,7 +129,13 @@ def squares_in(images):
                 x2 += 1
             seen[y:y2, x:x2] = True
             boxes.append([x, y, x2, y2])
-        found.append({"scores": torch.full((len(boxes),), 0.9), "labels": torch.zeros(len(boxes), dtype=torch.long), "boxes": torch.tensor(boxes).reshape(-1, 4).float()})
+        found.append(
+            {
+                "scores": torch.full((len(boxes),), 0.9),
+                "labels": torch.zeros(len(boxes), dtype=torch.long),
+                "boxes": torch.tensor(boxes).reshape(-1, 4).float(),
+            }
+        )
     return found
 
 
@@ -130,7 +150,9 @@ def test_each_object_of_a_large_picture_is_found_once():
                 ImageDraw.Draw(image).rectangle((x + 3, y + 3, x + 2 + w, y + 2 + h), fill="red")
                 truth.append((x + 3, y + 3, x + 3 + w, y + 3 + h))
     found = detect_in_tiles(squares_in, image, 256, overlap=0.25)
-    assert sorted(map(tuple, found["boxes"].int().tolist())) == sorted((int(a), int(b), int(c), int(d)) for a, b, c, d in truth)
+    assert sorted(map(tuple, found["boxes"].int().tolist())) == sorted(
+        (int(a), int(b), int(c), int(d)) for a, b, c, d in truth
+    )
 
 
 def test_within_a_tile_nothing_is_suppressed_and_classes_are_apart():

@@ -1,9 +1,10 @@
 """Trainings that are killed, stopped and left running for long: what the quick tests do once, often.
 
-    python tests/torture.py kill --times 30      SIGKILL at random moments, resumed each time: the weights of an undisturbed run, to the bit
-    python tests/torture.py stop --times 10      the same with SIGTERM and SIGINT, which save first
-    python tests/torture.py long --steps 2000    memory and open files after 200 steps and after 2,000, with two workers
-    python tests/torture.py all                  these, and 6,000 cases of fuzz.py: 20 minutes on two cores
+python tests/torture.py kill --times 30      SIGKILL at random moments, resumed each time: the weights of an
+                                             undisturbed run, to the bit
+python tests/torture.py stop --times 10      the same with SIGTERM and SIGINT, which save first
+python tests/torture.py long --steps 2000    memory and open files after 200 steps and after 2,000, with two workers
+python tests/torture.py all                  these, and 6,000 cases of fuzz.py: 20 minutes on two cores
 """
 
 import argparse
@@ -22,25 +23,46 @@ from conftest import ROOT, write_coco
 
 import plots
 
-SMALL = ["--backbone", "ecvit-nano", "--image-size", "64", "--batch-size", "4", "--num-queries", "30", "--decoder-layers", "1"]
+SMALL = [
+    "--backbone",
+    "ecvit-nano",
+    "--image-size",
+    "64",
+    "--batch-size",
+    "4",
+    "--num-queries",
+    "30",
+    "--decoder-layers",
+    "1",
+]
 
 
 def start(*arguments):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, arguments)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *map(str, arguments)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def weights_of(run):
     content = torch.load(run / "last.pth", weights_only=True)
-    return content["training"]["step"], content["model"] | {f"training.{key}": value for key, value in content["training"]["model"].items()}
+    return content["training"]["step"], content["model"] | {
+        f"training.{key}": value for key, value in content["training"]["model"].items()
+    }
 
 
 def disturbed(base, times, signals, seed=0, steps=90, epoch=3):
-    """Trains once undisturbed and once with a signal at each of `times` random moments, from before the first checkpoint to the last
-    -> (signals sent while it ran, the step that the last resumption began with). AssertionError where the end weights differ in one
-    bit, where a file that says it is whole isn't, or where a run ended in no way that it may end in: killed, or, once it has
-    begun to train, stopped and saved (130), or finished (0). last.pth is written after every step, so that there is something
-    to resume."""
+    """Trains once undisturbed and once with a signal at each of `times` random moments, from before the first
+    checkpoint to the last -> (signals sent while it ran, the step that the last resumption began with).
+
+    AssertionError where the end weights differ in one bit, where a file that says it is whole isn't, or where a run
+    ended in no way that it may end in: killed, or, once it has begun to train, stopped and saved (130), or finished
+    (0). last.pth is written after every step, so that there is something to resume.
+    """
     rng = random.Random(seed)
     data = write_coco(base / "data", {"train": 4 * epoch, "val": 4})
     arguments = ["--data", data, *SMALL, "--steps", steps, "--eval-every", 4, "--save-every", 0]
@@ -65,7 +87,9 @@ def disturbed(base, times, signals, seed=0, steps=90, epoch=3):
                     step = found
                 for name in ("best.pth", "config.json"):
                     if (run / name).exists():
-                        torch.load(run / name, weights_only=True) if name.endswith("pth") else json.loads((run / name).read_text())
+                        torch.load(run / name, weights_only=True) if name.endswith("pth") else json.loads(
+                            (run / name).read_text()
+                        )
                 # A signal that can be caught is, from before the folder is written until after the end.
                 assert process.returncode in (-signal.SIGKILL if given == signal.SIGKILL else 130, 0), said
                 continue
@@ -83,7 +107,7 @@ def disturbed(base, times, signals, seed=0, steps=90, epoch=3):
 
 
 def wait_for(process, run, rng, longest):
-    """Seconds until the signal: from the moment that the training has begun, so that imports are not all that is killed."""
+    """Seconds until the signal: from the moment that the training has begun, so that not only imports are killed."""
     config = run / "config.json"
     before = config.stat().st_mtime if config.exists() else 0
     while process.poll() is None and not (config.exists() and config.stat().st_mtime > before):
@@ -97,7 +121,11 @@ def tree_of(pid):
     while waiting:
         pid = waiting.pop()
         try:
-            waiting += [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
+            waiting += [
+                int(child)
+                for task in Path(f"/proc/{pid}/task").iterdir()
+                for child in (task / "children").read_text().split()
+            ]
             found.append(pid)
         except OSError:
             continue
@@ -109,7 +137,14 @@ def load_of(pid):
     mebibytes = files = 0
     for each in tree_of(pid):
         try:
-            mebibytes += sum(int(line.split()[1]) for line in Path(f"/proc/{each}/smaps_rollup").read_text().splitlines() if line.startswith("Pss_Anon:")) / 1024  # libraries are other processes' too
+            mebibytes += (
+                sum(
+                    int(line.split()[1])
+                    for line in Path(f"/proc/{each}/smaps_rollup").read_text().splitlines()
+                    if line.startswith("Pss_Anon:")
+                )
+                / 1024
+            )  # libraries are other processes' too
             files += len(list(Path(f"/proc/{each}/fd").iterdir()))
         except OSError:
             continue
@@ -119,7 +154,9 @@ def load_of(pid):
 def long(base, steps, early=200):
     """Trains on; -> {step: (MiB, open files)} at `early` steps and at the end."""
     data = write_coco(base / "data", {"train": 400, "val": 8})
-    process = start("--data", data, *SMALL, "--steps", steps + 100, "--workers", 2, "--eval-every", 100, "--out", base / "run")
+    process = start(
+        "--data", data, *SMALL, "--steps", steps + 100, "--workers", 2, "--eval-every", 100, "--out", base / "run"
+    )
     log, loads = base / "run" / "log.jsonl", {}
     while process.poll() is None and len(loads) < 2:
         time.sleep(0.2)
@@ -137,7 +174,11 @@ def long(base, steps, early=200):
 def draw_many_epochs(base, epochs=10_000):
     """-> seconds that the curves of so many epochs take."""
     losses = {f"loss_{k}": 1.0 + k for k in range(8)}
-    rows = ({"epoch": i, "step": 3 * i, "losses": losses, "lr": 1e-4} | ({"AP": 0.5, "AP50": 0.6, "AP75": 0.5} if i % 3 == 0 else {}) for i in range(1, epochs + 1))
+    rows = (
+        {"epoch": i, "step": 3 * i, "losses": losses, "lr": 1e-4}
+        | ({"AP": 0.5, "AP50": 0.6, "AP75": 0.5} if i % 3 == 0 else {})
+        for i in range(1, epochs + 1)
+    )
     (base / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     began = time.time()
     plots.draw_curves(base / "log.jsonl", base / "curves.png")
@@ -154,7 +195,10 @@ def try_out(what, arguments):
         else:
             signals, times = ([signal.SIGKILL], 30) if what == "kill" else ([signal.SIGTERM, signal.SIGINT], 10)
             sent, step = disturbed(Path(base), arguments.times or times, signals, arguments.seed, steps=180)
-            print(f"{what}: {sent} signals, the last at step {step} or later; the end weights are those of an undisturbed run, to the bit")
+            print(
+                f"{what}: {sent} signals, the last at step {step} or later; the end weights are those of an "
+                "undisturbed run, to the bit"
+            )
     print(f"{what}: {time.time() - began:.0f} seconds", flush=True)
 
 
@@ -168,7 +212,18 @@ def main():
     for what in ("kill", "stop", "long") if arguments.what == "all" else (arguments.what,):
         try_out(what, arguments)
     if arguments.what == "all":
-        sys.exit(subprocess.run([sys.executable, str(Path(__file__).with_name("fuzz.py")), "--cases", "6000", "--seed", str(arguments.seed)]).returncode)
+        sys.exit(
+            subprocess.run(
+                [
+                    sys.executable,
+                    str(Path(__file__).with_name("fuzz.py")),
+                    "--cases",
+                    "6000",
+                    "--seed",
+                    str(arguments.seed),
+                ]
+            ).returncode
+        )
 
 
 if __name__ == "__main__":

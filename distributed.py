@@ -17,9 +17,6 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
@@ -162,6 +159,9 @@ def shard(backbone, device):
     The weights of a block are gathered when it is needed. The processes may be on several machines.
     """
     warnings.filterwarnings("ignore", ".*returned a view tensor", UserWarning)  # nothing changes the maps in place
+    from torch.distributed.device_mesh import init_device_mesh  # here, as FSDP takes a second to import
+    from torch.distributed.fsdp import fully_shard
+
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     blocks = max((m for m in backbone.modules() if isinstance(m, nn.ModuleList)), key=len)
     for block in blocks:
@@ -198,15 +198,20 @@ def replicate(model):
 
     Those of a sharded part are left alone: sharding averages them already.
     """
-    sharded = [name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)]
+    sharded = [name for name, parameter in model.named_parameters() if is_sharded(parameter)]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sharded)
     # No device_ids, with which the masks would be moved from the host, see layers.is_padded.
     return DistributedDataParallel(model, find_unused_parameters=True)
 
 
+def is_sharded(value):
+    """Whether it is a DTensor, told without importing that class."""
+    return hasattr(value, "full_tensor")
+
+
 def local_shard(tensor):
     """A tensor that may be sharded -> this process's shard of it."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def unshard(state):
@@ -216,12 +221,14 @@ def unshard(state):
     """
     if isinstance(state, dict):
         return {key: unshard(value) for key, value in state.items()}
-    return state.full_tensor().cpu() if isinstance(state, DTensor) else state
+    return state.full_tensor().cpu() if is_sharded(state) else state
 
 
 def shard_like(value, sharded):
     """A whole value -> this process's shard, if `sharded` is a sharded tensor of its shape; else the value itself."""
-    if isinstance(sharded, DTensor) and value.shape == sharded.shape:
+    if is_sharded(sharded) and value.shape == sharded.shape:
+        from torch.distributed.tensor import distribute_tensor
+
         return distribute_tensor(value, sharded.device_mesh, sharded.placements)
     return value
 
@@ -241,10 +248,10 @@ def load(model, optimizers, state):
 def clip_gradients(parameters, longest):
     """Scales all gradients, in place, so that their total norm is `longest` at most -> the norm before."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    shards = [gradient.to_local() for gradient in gradients if isinstance(gradient, DTensor)]
+    shards = [gradient.to_local() for gradient in gradients if is_sharded(gradient)]
     if not shards:
         return clip_grad_norm_(parameters, longest)
-    replicated = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+    replicated = [gradient for gradient in gradients if not is_sharded(gradient)]
     square = get_total_norm(shards) ** 2
     dist.all_reduce(square)
     norm = (square + get_total_norm(replicated) ** 2).sqrt()

@@ -59,7 +59,7 @@ class Offline(argparse.Action):
         super().__init__(**options | dict(nargs=0, default=argparse.SUPPRESS, help=help))
 
     def __call__(self, *_):
-        import huggingface_hub
+        from huggingface_hub import constants
 
         os.environ["HF_HUB_OFFLINE"] = "1"
-        huggingface_hub.constants.HF_HUB_OFFLINE = True
+        constants.HF_HUB_OFFLINE = True

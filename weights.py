@@ -13,7 +13,6 @@ import huggingface_hub
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-import transformers
 
 from errors import UserError
 
@@ -58,6 +57,8 @@ NOT_COMMERCIAL = {
 
 def transformers_config(spec):
     """The architecture of a row of BACKBONES as transformers' configuration."""
+    import transformers  # here, as it takes a second and only some backbones need it
+
     if spec.family == "convnext":
         return transformers.DINOv3ConvNextConfig(hidden_sizes=list(spec.width), depths=list(spec.depth))
     common = dict(
@@ -92,6 +93,8 @@ def transformers_config(spec):
 
 def class_of(config):
     """The transformers class of a configuration."""
+    import transformers
+
     return getattr(transformers, MODELS[config.model_type])
 
 
@@ -105,6 +108,8 @@ def load_transformers(name, spec, weights):
 
     weights: None (random), "pretrained", the path of a Hugging Face folder or of one of the authors' files.
     """
+    import transformers
+
     config = transformers_config(spec)
     if weights is None:
         return new_model(config)
@@ -159,6 +164,8 @@ def check_report(source, name, report):
 
 def check_architecture(source, config, name):
     """Compares a folder's or repository's config.json with BACKBONES, before any large file is read."""
+    import transformers
+
     with fetching(source):
         stored = transformers.AutoConfig.from_pretrained(source)
     stored = getattr(stored, "vision_config", stored)  # CLIP's repositories hold a text tower too

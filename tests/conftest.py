@@ -1,4 +1,6 @@
 import json
+import os
+import signal
 import sys
 import zlib
 from pathlib import Path
@@ -97,3 +99,26 @@ class FixedFeatures(torch.nn.Module):
 
     def forward(self, images):
         return self.maps
+
+
+def interrupted_at(steps, monkeypatch):
+    """Ctrl-C while the batch of each of these steps is loaded, counted over all runs."""
+    import train
+
+    real, calls = train.collate, []
+
+    def collate(batch, divisor):
+        calls.append(len(calls))
+        if calls[-1] in steps:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(batch, divisor)
+
+    monkeypatch.setattr(train, "collate", collate)
+
+
+def same_weights(a, b):
+    a, b = (torch.load(path / "last.pth", weights_only=True) for path in (a, b))
+    assert a["training"]["step"] == b["training"]["step"]
+    for x, y in ((a["model"], b["model"]), (a["training"]["model"], b["training"]["model"])):
+        different = [key for key in x if not torch.equal(x[key], y[key])]
+        assert x.keys() == y.keys() and not different, different[:5]

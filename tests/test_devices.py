@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 
 import devices
 import weights
@@ -79,7 +80,7 @@ def test_a_licence_that_forbids_commercial_use_is_said_before_the_download(
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
-    monkeypatch.setattr(weights.transformers.AutoConfig, "from_pretrained", refuse)
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", refuse)
     with pytest.raises(UserError, match="can't be (reached|downloaded)"):
         build_backbone(name, "pretrained")
     assert len(said) == 1 and ("licence forbids commercial use" in said[0]) == weighed

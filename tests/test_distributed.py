@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from test_commands import SMALL, command
+from test_commands import SMALL, called
 from test_speed import CONFIG
 
 import distributed
+import evaluate
+import train
 from detr_model import build_model
 
 # no batch norms, and float32, so that losses are those of one process
@@ -111,7 +113,7 @@ def rows_of(folder):
         ("detr", ["--num-denoising", 0, "--optimizer", "adamw"], ["--shard"]),
     ],
 )
-def test_two_processes_have_the_losses_of_one(detector, alone, also, tiny_data, tmp_path):
+def test_two_processes_have_the_losses_of_one(detector, alone, also, tiny_data, tmp_path, monkeypatch, capsys):
     arguments = [
         "--data",
         tiny_data,
@@ -122,8 +124,8 @@ def test_two_processes_have_the_losses_of_one(detector, alone, also, tiny_data, 
         "--steps",
         3,
     ]  # noisy copies are drawn by each process for itself
-    alone = command("train.py", *arguments, "--out", tmp_path / "one", cwd=tmp_path)
-    assert alone.returncode == 0, alone.stderr
+    status, _, error = called(train.main, [*arguments, "--out", tmp_path / "one"], monkeypatch, capsys)
+    assert status == 0, error
     together = torchrun(2, *arguments, *also, "--out", tmp_path / "two", cwd=tmp_path)
     said, _ = together.communicate(timeout=200)
     assert together.returncode == 0, said
@@ -134,7 +136,7 @@ def test_two_processes_have_the_losses_of_one(detector, alone, also, tiny_data, 
     assert said.count("test: ") + said.count("val2017: ") == 1  # the second process prints nothing
 
 
-def test_two_processes_evaluate_as_one_with_batch_norms(tiny_data, tmp_path):
+def test_two_processes_evaluate_as_one_with_batch_norms(tiny_data, tmp_path, monkeypatch, capsys):
     """ECViT's batch norms see each process's own images where they can't be synchronised, which is said.
 
     But all evaluate with the statistics of the first, which are those that are saved.
@@ -145,9 +147,10 @@ def test_two_processes_evaluate_as_one_with_batch_norms(tiny_data, tmp_path):
     said, _ = together.communicate(timeout=200)
     assert together.returncode == 0, said
     assert said.count("batch norms: each process takes the statistics of its own images") == 1
-    alone = command("evaluate.py", run / "best.pth", "--batch-size", 2, cwd=tmp_path)
-    assert alone.returncode == 0, alone.stderr
-    figures = dict(line.rsplit(maxsplit=1) for line in alone.stdout.splitlines())
+    arguments = [run / "best.pth", "--batch-size", 2]
+    status, out, error = called(evaluate.main, arguments, monkeypatch, capsys)
+    assert status == 0, error
+    figures = dict(line.rsplit(maxsplit=1) for line in out.splitlines())
     best = max(rows_of(run), key=lambda row: (row["AP"], row["epoch"]))
     assert 0 < best["AP50"] and {name: float(figures[name]) for name in ("AP", "AP50", "AR_100")} == pytest.approx(
         {name: best[name] for name in ("AP", "AP50", "AR_100")}, abs=6e-4
@@ -171,11 +174,6 @@ if rank == 0:
     assert all(map(torch.equal, before, first))  # what the first process does next is as if it had not been asked
 print("agreed", rank, file=__import__("sys").stderr)
 """
-
-
-def test_buffers_are_those_of_the_first_process(tmp_path):
-    done = launched(tmp_path / "buffers.py", BUFFERS)
-    assert done.returncode == 0 and done.stderr.count("agreed") == 2, done.stdout + done.stderr
 
 
 UNEVEN = """
@@ -202,10 +200,11 @@ print("all met", file=__import__("sys").stderr)
 """
 
 
-def test_a_process_without_objects_meets_the_others(tmp_path):
+def test_processes_have_the_buffers_of_the_first_and_meet_without_objects(tmp_path):
     """Noisy copies are made of objects: where one process has none, it must not ask the others for fewer sums."""
-    done = launched(tmp_path / "uneven.py", UNEVEN)
-    assert done.returncode == 0 and done.stderr.count("all met") == 2, done.stdout + done.stderr
+    done = launched(tmp_path / "both.py", BUFFERS + UNEVEN)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr.count("agreed") == done.stderr.count("all met") == 2, done.stdout + done.stderr
 
 
 def test_batch_norms_are_synchronised_on_gpus(monkeypatch):
@@ -224,7 +223,7 @@ def test_batch_norms_are_synchronised_on_gpus(monkeypatch):
 
 
 @pytest.mark.parametrize("also", [[], ["--shard"]])
-def test_a_lost_process_ends_the_run_and_it_can_be_gone_on_with(also, tiny_data, tmp_path):
+def test_a_lost_process_ends_the_run_and_it_can_be_gone_on_with(also, tiny_data, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     started = torchrun(
         2, "--data", tiny_data, *SMALL, "--steps", 40, "--save-every", 1, "--out", run, *also, cwd=tmp_path
@@ -241,11 +240,9 @@ def test_a_lost_process_ends_the_run_and_it_can_be_gone_on_with(also, tiny_data,
     assert "another process was lost" in said and f"--resume {run}" in said
     saved = torch.load(run / "last.pth", map_location="cpu", weights_only=True)["training"]["step"]
     assert 1 <= saved < 40
-    resumed = torchrun(
-        1, "--resume", run, cwd=tmp_path
-    )  # the same optimisers hold the same weights in any number of processes
-    said, _ = resumed.communicate(timeout=200)
-    assert resumed.returncode == 0, said
+    # the same optimisers hold the same weights in any number of processes
+    status, _, error = called(train.main, ["--resume", run], monkeypatch, capsys)
+    assert status == 0, error
     assert rows_of(run)[-1]["step"] == 40
 
 
@@ -261,10 +258,11 @@ def is_second(process, cwd):
         return False
 
 
-def test_a_batch_that_can_not_be_shared(tiny_data, tmp_path):
-    process = torchrun(3, "--data", tiny_data, *BACKBONE, "--steps", 1, "--out", tmp_path / "run", cwd=tmp_path)
-    said, _ = process.communicate(timeout=200)
-    assert process.returncode != 0 and "a batch of 4 can't be shared by 3 processes" in said
+def test_a_batch_that_can_not_be_shared(tiny_data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
+    arguments = ["--data", tiny_data, *BACKBONE, "--steps", 1, "--out", tmp_path / "run"]
+    status, _, error = called(train.main, arguments, monkeypatch, capsys)
+    assert status == 2 and "a batch of 4 can't be shared by 3 processes" in error
 
 
 SHARDED = """

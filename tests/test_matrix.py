@@ -41,10 +41,16 @@ def tiny_backbones():
         yield
 
 
-@pytest.mark.parametrize("size", [(64, 64), (64, 96), (75, 61)], ids=["square", "wide", "odd"])
-@pytest.mark.parametrize("detector", DETECTORS)
-@pytest.mark.parametrize("family", FAMILIES)
+SIZES = {"square": (64, 64), "wide": (64, 96), "odd": (75, 61)}
+# Every family under the default detector, every detector on one family of each kind of maps, and all sizes
+CASES = [(family, "detr", "odd") for family in FAMILIES]
+CASES += [("ecvit", detector, size) for detector in DETECTORS for size in SIZES if (detector, size) != ("detr", "odd")]
+CASES += [(family, detector, "wide") for family in ("dinov2", "convnext") for detector in DETECTORS]
+
+
+@pytest.mark.parametrize("family, detector, size", CASES)
 def test_any_backbone_serves_any_detector(family, detector, size):
+    size = SIZES[size]
     torch.manual_seed(0)
     config = DEFAULTS | dict(
         detector=detector,

@@ -118,7 +118,7 @@ class EndlessBatches:
     phase: (images shown so far) -> "plain": whole images; "varied": one transform for a batch, picked by its `side`; or
         "mixed": as "varied", with mosaics and mix-up.
     first: number of the batch to begin with, to resume a run.
-    share: (rank, number of processes); each process gets its slice of every batch.
+    process: (rank, number of processes); each process gets its slice of every batch.
     aspect_ratios: (length,) width / height of the images; similar ones share a batch, see group_by_aspect_ratio. None
         leaves that to chance.
     mixing: in the "mixed" phase, the probability of an image to be a mosaic, and of a batch to be mixed up.
@@ -126,15 +126,15 @@ class EndlessBatches:
     """
 
     def __init__(
-        self, length, batch_size, seed, phase, first=0, share=(0, 1), aspect_ratios=None, mixing=0.5, pieces=1
+        self, length, batch_size, seed, phase, first=0, process=(0, 1), aspect_ratios=None, mixing=0.5, pieces=1
     ):
         self.length, self.batch_size, self.seed, self.phase = length, batch_size, seed, phase
-        self.first, self.share, self.mixing, self.pieces = first, share, mixing, pieces
+        self.first, self.process, self.mixing, self.pieces = first, process, mixing, pieces
         self.aspect_ratios = torch.ones(length) if aspect_ratios is None else aspect_ratios
         self.last_order = (None, [])  # the latest epoch and its order
 
     def __iter__(self):
-        rank, world = self.share
+        rank, world = self.process
         for number in itertools.count(self.first):
             draws = self.batch(number)[rank::world]
             size = len(draws) // self.pieces

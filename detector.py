@@ -62,17 +62,17 @@ class Detector:
         self.tile = image_size if tile == 0 else tile
         self.transform = eval_transforms(image_size, config.get("square", False), config["exact_sides"])
 
-    def __call__(self, pictures, threshold=None, batch_size=8):
+    def __call__(self, sources, threshold=None, batch_size=8):
         """A path, PIL image or array -> {"scores", "labels", "boxes", "names"}, best first, on the CPU; list -> list.
 
         threshold: lowest score that is returned (default: that of `load`). Raises UserError if an image can't be read.
         """
-        if not isinstance(pictures, (list, tuple)):
-            return self([pictures], threshold)[0]
+        if not isinstance(sources, (list, tuple)):
+            return self([sources], threshold)[0]
         detect = partial(self.detect_above, self.threshold if threshold is None else threshold)
         results = []
-        for start in range(0, len(pictures), batch_size):
-            images = [to_image(picture) for picture in pictures[start : start + batch_size]]
+        for start in range(0, len(sources), batch_size):
+            images = [to_image(source) for source in sources[start : start + batch_size]]
             if self.tile is None:
                 results += detect(images)
             else:

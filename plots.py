@@ -63,10 +63,10 @@ def draw_caption(image, x, y, text, colour, font, margin):
     draw.text((x + margin - left, y + margin - top), text, fill="white" if is_dark else "black", font=font)
 
 
-def tile(pictures, columns, gap=6):
+def tile(images, columns, gap=6):
     """PIL images -> one image with them in rows, each scaled to the width of its column."""
-    width = max(image.width for image in pictures)
-    images = [image.resize((width, round(image.height * width / image.width))) for image in pictures]
+    width = max(image.width for image in images)
+    images = [image.resize((width, round(image.height * width / image.width))) for image in images]
     rows = [images[i : i + columns] for i in range(0, len(images), columns)]
     heights = [max(image.height for image in row) for row in rows]
     sheet_width = min(columns, len(images)) * (width + gap) - gap
@@ -79,11 +79,11 @@ def tile(pictures, columns, gap=6):
     return sheet
 
 
-def heading(picture, text):
+def heading(image, text):
     """The PIL image with a line of text above it."""
-    sheet = Image.new("RGB", (picture.width, picture.height + HEADING_HEIGHT), "white")
-    sheet.paste(picture, (0, HEADING_HEIGHT))
-    ImageDraw.Draw(sheet).text((8, 4), text, fill="black", font=largest_font(text, picture.width - 16))
+    sheet = Image.new("RGB", (image.width, image.height + HEADING_HEIGHT), "white")
+    sheet.paste(image, (0, HEADING_HEIGHT))
+    ImageDraw.Draw(sheet).text((8, 4), text, fill="black", font=largest_font(text, image.width - 16))
     return sheet
 
 

@@ -205,7 +205,7 @@ def build_loaders(run, divisor):
         s.seed,
         run.phase,
         first=run.step * s.accumulate,
-        share=(rank, world),
+        process=(rank, world),
         aspect_ratios=None if s.square else aspect_ratios_of(train_split),
         mixing=s.mosaic_chance,
         pieces=pieces,

@@ -246,10 +246,10 @@ def mosaic(samples, tile=math.inf):
     return move(image, target)
 
 
-def mix_up(samples, share):
+def mix_up(samples, fraction):
     """[(image, target)], ready for a detector -> each blended with its neighbour (mixup, arXiv 1710.09412).
 
-    A blend has the fraction `share` of its own image, and the boxes of both. An image whose neighbour has another size,
+    A blend has the `fraction` of its own image, and the boxes of both. An image whose neighbour has another size,
     or that has none, stays as it is.
     """
     if len(samples) < 2:
@@ -257,7 +257,7 @@ def mix_up(samples, share):
     mixed = []
     for (image, target), (other_image, other_target) in zip(samples, samples[-1:] + samples[:-1]):
         if image.shape == other_image.shape:
-            image = share * image + (1 - share) * other_image
+            image = fraction * image + (1 - fraction) * other_image
             target = target | {key: torch.cat([target[key], other_target[key]]) for key in ("boxes", *PER_BOX)}
         mixed.append((image, target))
     return mixed

@@ -5,6 +5,7 @@ from detector import load
 detector = load("runs/demo/best.pth")           # also a released ECDet, an exported file, a Hugging Face folder or name
 detections = detector("photo.jpg")              # {"scores" (D,), "labels" (D,), "boxes" (D, 4) xyxy pixels, "names"}
 detections = detector([image, array, "b.png"])  # a list for a list: paths, PIL images, arrays (H, W, 3) uint8 RGB
+                                                # or RGBA, (H, W) grey of 8 or 16 bits: the same as their files
 detector.save("folder")                         # model.safetensors, config.json and a model card
 """
 
@@ -20,11 +21,11 @@ from torchvision import tv_tensors
 from torchvision.ops import box_iou
 from torchvision.transforms.v2 import functional as TF
 
-from checkpoint import load_detector, write_folder
+from checkpoint import LARGEST, load_detector, write_folder
 from datasets import collate, equal_batches
-from devices import autocast, choose_device, choose_precision
+from devices import autocast, choose_precision, find_device
 from errors import UserError
-from transforms import MEAN, eval_transforms, longest_side, read_image, resized_sides
+from transforms import MEAN, eval_transforms, longest_side, read_image, resized_sides, to_rgb
 
 
 def load(source, device=None, image_size=None, threshold=0.4, tile=None, precision="auto"):
@@ -32,16 +33,25 @@ def load(source, device=None, image_size=None, threshold=0.4, tile=None, precisi
 
     image_size: shortest side of the network's input (default: that of the training); threshold: lowest score that is
     returned; tile: larger images are cut into tiles of that many pixels, 0 for image_size; precision: see
-    devices.choose_precision.
+    devices.choose_precision; device: such as "cuda:1" (default: a GPU if there is one).
     """
+    check_options(image_size, threshold)
     if Path(source).suffix in (".onnx", ".pt2"):
         if precision != "auto":
             raise UserError(f"--precision {precision}: {source} computes as it was exported; leave it out")
         return ExportedDetector(source, threshold, tile, image_size)
-    device = torch.device(device) if device else choose_device()
+    device = find_device(device)
     model, postprocess, content = load_detector(source, device)
     precision = choose_precision(precision, device, training=False)
     return Detector(model, postprocess, content, device, image_size, threshold, tile, precision)
+
+
+def check_options(image_size, threshold):
+    """Raises UserError."""
+    if image_size is not None and not 1 <= image_size <= LARGEST["image_size"]:
+        raise UserError(f"--image-size {image_size}: has to be in 1 .. {LARGEST['image_size']:,}")
+    if not 0 <= threshold <= 1:
+        raise UserError(f"--threshold {threshold}: has to be a score, in 0 .. 1")
 
 
 class Detector:
@@ -129,23 +139,47 @@ class Detector:
 
 
 def to_image(source):
-    """A path, PIL image, or array or tensor (H, W, 3) or (H, W) uint8 -> RGB PIL image. Raises UserError."""
-    if isinstance(source, Image.Image):
-        return source.convert("RGB")
+    """A path, PIL image, array or tensor -> RGB PIL image. Raises UserError.
+
+    The same pixels give the same image however they come, see transforms.read_image. Arrays are (H, W) grey, (H, W, 2)
+    with alpha, (H, W, 3) RGB or (H, W, 4) RGBA, of uint8 or uint16; (H, W) may also be bool or int32.
+    """
     if isinstance(source, (str, Path)):
         try:
             return read_image(source)
         except Exception as error:  # PIL raises exceptions of many types for broken files
             raise UserError(f"{source}: can't be read ({error})") from None
-    if isinstance(source, torch.Tensor):
-        source = source.cpu().numpy()
-    if not isinstance(source, np.ndarray):
-        given = type(source).__name__
-    elif source.dtype == np.uint8 and (source.ndim == 2 or source.shape[2:] == (3,)):
-        return Image.fromarray(source).convert("RGB")
+    image = source if isinstance(source, Image.Image) else array_to_image(source)
+    try:
+        return to_rgb(image)
+    except Exception as error:  # an image whose file is read only now
+        raise UserError(f"a PIL image of mode {image.mode} can't be read ({error})") from None
+
+
+def array_to_image(array):
+    """An array or tensor, see to_image -> PIL image. Raises UserError."""
+    if isinstance(array, torch.Tensor):
+        array = array.cpu().numpy()
+    if not isinstance(array, np.ndarray):
+        given = type(array).__name__
+    elif 0 in array.shape:
+        given = f"one without pixels, of shape {array.shape}"
+    elif array.ndim == 2 and array.dtype in (bool, np.uint8, np.uint16, np.int32):
+        return Image.fromarray(array)
+    elif has_channels_last(array) and array.dtype in (np.uint8, np.uint16):
+        if array.dtype == np.uint16:
+            array = (array >> 8).astype(np.uint8)  # what PIL reads from colour files of 16 bits
+        return Image.fromarray(array)
     else:
-        given = f"{source.dtype} of shape {source.shape}"
+        given = f"{array.dtype} of shape {array.shape}"
     raise UserError(f"an image has to be a path, a PIL image or an array (H, W, 3) of uint8, not {given}")
+
+
+def has_channels_last(array):
+    """Whether an array is (H, W, 2), (H, W, 3) or (H, W, 4); a (3, H, 4) is rather one with its channels first."""
+    if array.ndim != 3:
+        return False
+    return array.shape[2] == 3 or (array.shape[2] in (2, 4) and array.shape[0] > 4)
 
 
 def unlabelled(image):
@@ -175,12 +209,20 @@ def to_supervision(found):
 def detect_in_tiles(detect, image, side, overlap=0.25):
     """detect: [PIL images] -> [{"scores", "labels", "boxes"}]; image: PIL -> the same for the whole of it, best first.
 
-    side: of a tile, in pixels of the image. An object that is no larger than the overlap is whole in at least one tile.
+    side: of a tile, in pixels of the image. An object that is no larger than the overlap is whole in at least one tile;
+    larger ones are also looked for in the whole image.
     """
     corners = [
         (x, y) for y in tile_starts(image.height, side, overlap) for x in tile_starts(image.width, side, overlap)
     ]
     found, cut, home = [], [], []
+    if len(corners) > 1:
+        detections = detect([image])[0]
+        sides = detections["boxes"][:, 2:] - detections["boxes"][:, :2]
+        large = sides.amax(1) > overlap * side
+        found.append({key: value[large] for key, value in detections.items()})
+        cut.append(torch.zeros(int(large.sum()), dtype=torch.bool))
+        home.append(torch.full((int(large.sum()),), -1))
     for number, (x, y) in enumerate(corners):
         tile = x, y, min(x + side, image.width), min(y + side, image.height)
         detections = detect([image.crop(tile)])[0]

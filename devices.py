@@ -18,6 +18,19 @@ def choose_device(local_rank=None):
     return torch.device("mps" if torch.backends.mps.is_available() and local_rank is None else "cpu")
 
 
+def find_device(name=None):
+    """A device's name, such as "cpu" or "cuda:1", or None for choose_device's -> torch.device. Raises UserError."""
+    if name is None:
+        return choose_device()
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # "meta" has no values to copy
+        cause = str(error).split("\n")[0][:200]
+        raise UserError(f"--device {name}: there is no such device here ({cause})") from None
+    return device
+
+
 def choose_precision(asked, device, training=True):
     """Decides "auto"; any other precision stays.
 

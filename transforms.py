@@ -33,7 +33,19 @@ Image.init()
 FORMATS = [name for name in SAFE_FORMATS if name in Image.OPEN]
 # An image over both is refused as a decompression bomb. PIL warns at more pixels, and refuses at twice as many as that.
 BOMB_PIXELS, BOMB_PIXELS_PER_BYTE = 2**25, 200
+PIL_PIXELS = Image.MAX_IMAGE_PIXELS
+LARGE_IMAGES = "DETECTOR_LARGE_IMAGES"  # in the environment, which the processes that load images inherit
+HOW_TO_OPEN = "a decompression bomb, or a large image: --large-images opens it"
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+
+
+def allow_large_images(allowed):
+    """Whether images are opened that look like decompression bombs: those that the user knows to be honest."""
+    os.environ[LARGE_IMAGES] = "1" if allowed else ""
+    Image.MAX_IMAGE_PIXELS = None if allowed else PIL_PIXELS
+
+
+allow_large_images(bool(os.environ.get(LARGE_IMAGES)))
 
 
 def open_image(path):
@@ -42,11 +54,14 @@ def open_image(path):
         raise FileNotFoundError("missing")
     if not os.path.isfile(path):
         raise OSError("not a regular file")
-    image = Image.open(path, formats=FORMATS)
+    try:
+        image = Image.open(path, formats=FORMATS)
+    except Image.DecompressionBombError:
+        raise OSError(f"more than {2 * PIL_PIXELS:,} pixels: {HOW_TO_OPEN}") from None
     pixels, size = image.width * image.height, os.path.getsize(path)
-    if pixels > BOMB_PIXELS and pixels > BOMB_PIXELS_PER_BYTE * size:
+    if pixels > BOMB_PIXELS and pixels > BOMB_PIXELS_PER_BYTE * size and not os.environ.get(LARGE_IMAGES):
         image.close()
-        raise OSError(f"{pixels:,} pixels in {size:,} bytes: a decompression bomb")
+        raise OSError(f"{pixels:,} pixels in {size:,} bytes: {HOW_TO_OPEN}")
     return image
 
 
@@ -59,15 +74,20 @@ def read_image(path, upright=True, detail=None):
     with open_image(path) as image:
         n = reduction(*image.size, detail)
         image.draft(None, (image.width // n, image.height // n))
-        if upright:
-            ImageOps.exif_transpose(image, in_place=True)
-        if image.mode.startswith(("I", "F")):
-            image = to_8_bits(image)
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image.load()
-        return image if image.mode == "RGB" else image.convert("RGB")
+        return to_rgb(image, upright)
+
+
+def to_rgb(image, upright=True):
+    """A PIL image of any mode, which stays as it is -> RGB PIL image; see read_image."""
+    if upright and image.getexif().get(0x0112, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):
+        image = to_8_bits(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def to_8_bits(image):

@@ -1,6 +1,9 @@
 """Images and diagrams of a run: boxes drawn on images, grids of images, curves."""
 
 import json
+import math
+import unicodedata
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
@@ -16,22 +19,27 @@ PALETTE = [
 WRONG, MISSED = "#e6194b", "#ffe119"  # colours of boxes in draw_cases
 LINE_STYLES = ["-", "--", ":", "-.", (0, (1, 4))]
 HEADING_HEIGHT = 34
+SHEET_PIXELS = 4_000_000  # most pixels of a sheet of images
+LONGEST_SIDE, JPEG_SIDE = 2000, 65_500  # most pixels along an image that is enlarged; along any, which JPEG can hold
+UNUSUAL_STYLES = ("bold", "italic", "oblique", "thin", "light", "black", "mono", "condensed")  # of fonts, in file names
 NAMED_CURVES = 20  # more names can't be told apart in a legend
 
 
 # Images
 
 
-def draw_boxes(image, boxes, labels, names, scores=None, smallest_side=480):
+def draw_boxes(image, boxes, labels, names, scores=None, smallest_side=480, most_pixels=math.inf):
     """A copy of a PIL image with boxes (T, 4) xyxy pixels, their class names and scores.
 
-    Small images are enlarged to smallest_side, so that the names can be read.
+    Small images are enlarged to smallest_side, so that the names can be read; larger ones are shrunk to most_pixels.
     """
-    factor = max(1.0, smallest_side / min(image.size))
-    image = image.convert("RGB").resize((round(image.width * factor), round(image.height * factor)))
+    width, height = image.size
+    factor = max(1.0, min(smallest_side / min(width, height), LONGEST_SIDE / max(width, height)))
+    factor = min(factor, JPEG_SIDE / max(width, height), math.sqrt(most_pixels / (width * height)))
+    image = image.convert("RGB").resize(scaled_size(image, factor))
     draw = ImageDraw.Draw(image)
     line = max(2, round(min(image.size) / 240))
-    font = ImageFont.load_default(max(12, round(min(image.size) / 36)))
+    font_size = max(12, round(min(image.size) / 36))
     order = list(range(len(boxes)))
     if scores is not None:
         scores = [float(score) for score in scores]
@@ -42,11 +50,17 @@ def draw_boxes(image, boxes, labels, names, scores=None, smallest_side=480):
         label = int(labels[i])
         colour = PALETTE[label % len(PALETTE)]
         draw.rectangle((x1, y1, x2, y2), outline=colour, width=line)
-        text = names[label] if scores is None else f"{names[label]} {scores[i]:.2f}"
-        captions.append((x1, y1, text, colour))
+        name = drawable_name(names[label], label)
+        text = name if scores is None else f"{name} {scores[i]:.2f}"
+        captions.append((x1, y1, text, colour, font_for(name, font_size)))
     for caption in captions:  # after all boxes, so that no line crosses a name
-        draw_caption(image, *caption, font, margin=line)
+        draw_caption(image, *caption, margin=line)
     return image
+
+
+def scaled_size(image, factor):
+    """(width, height) of a PIL image once it is scaled, at least one pixel each."""
+    return tuple(max(1, round(side * factor)) for side in image.size)
 
 
 def draw_caption(image, x, y, text, colour, font, margin):
@@ -63,10 +77,83 @@ def draw_caption(image, x, y, text, colour, font, margin):
     draw.text((x + margin - left, y + margin - top), text, fill="white" if is_dark else "black", font=font)
 
 
-def tile(images, columns, gap=6):
-    """PIL images -> one image with them in rows, each scaled to the width of its column."""
+# Names: PIL's own font has little more than the Latin letters
+
+
+@cache
+def drawable_name(name, label):
+    """A class's name as it can be drawn: "class N", which is printed once, if no font here has its letters."""
+    text = " ".join(name.split())
+    if font_file(text) is not None:
+        return text
+    print(f"class {label}: this is how {name} is called in images, as no font here has its letters")
+    return f"class {label}"
+
+
+@lru_cache(10_000)
+def font_for(text, size):
+    """A PIL font that has the letters of text, if there is one."""
+    file = font_file(text)
+    return ImageFont.truetype(file, size) if file else ImageFont.load_default(size)
+
+
+@lru_cache(10_000)
+def font_file(text):
+    """-> the file of a font that has all letters of text, "" for PIL's own font, None if there is none."""
+    if text.isascii():
+        return ""
+    invisible = ("Cf", "Zs")  # joiners, spaces
+    letters = {ord(c) for c in text if unicodedata.category(c) not in invisible and c != "\N{VARIATION SELECTOR-16}"}
+    return next((file for file in font_files() if has_letters(file, letters)), None)
+
+
+@cache
+def font_files():
+    """matplotlib's DejaVu, then the system's fonts, plain styles first."""
+    import matplotlib
+    from matplotlib import font_manager
+
+    own = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+    return [
+        str(own),
+        *sorted({*font_manager.findSystemFonts(), *font_manager.findSystemFonts(fontext="ttc")}, key=order_of_font),
+    ]
+
+
+def order_of_font(file):
+    name = Path(file).name.lower()
+    return any(style in name for style in UNUSUAL_STYLES), name
+
+
+def has_letters(file, letters):
+    """Whether a font has all of a set of code points, and can be drawn at any size."""
+    from matplotlib.ft2font import FT2Font
+
+    try:
+        font = FT2Font(file)
+        ImageFont.truetype(file, 16)
+        return all(font.get_char_index(letter) for letter in letters)
+    except Exception:  # of many types; a font of pictures in fixed sizes, or a damaged file
+        return False
+
+
+# Sheets
+
+
+def tile(images, columns, gap=6, most_pixels=SHEET_PIXELS):
+    """PIL images -> one image with them in rows, each scaled to the width of its column.
+
+    An image that would become more than twice as high as wide keeps to that, or to its own size; all are shrunk if the
+    sheet would have more than most_pixels.
+    """
     width = max(image.width for image in images)
-    images = [image.resize((width, round(image.height * width / image.width))) for image in images]
+    factors = [min(width / image.width, max(2 * width / image.height, 1.0)) for image in images]
+    heights = [image.height * factor for image, factor in zip(images, factors)]
+    rows = [heights[i : i + columns] for i in range(0, len(heights), columns)]
+    pixels = min(columns, len(images)) * width * sum(max(row) for row in rows)
+    shrink = min(1.0, math.sqrt(most_pixels / pixels))
+    width = max(1, round(width * shrink))
+    images = [image.resize(scaled_size(image, factor * shrink)) for image, factor in zip(images, factors)]
     rows = [images[i : i + columns] for i in range(0, len(images), columns)]
     heights = [max(image.height for image in row) for row in rows]
     sheet_width = min(columns, len(images)) * (width + gap) - gap
@@ -90,10 +177,10 @@ def heading(image, text):
 def largest_font(text, width, largest=22, smallest=9):
     """The largest font in which text is at most `width` pixels wide, or the smallest font."""
     for size in range(largest, smallest, -1):
-        font = ImageFont.load_default(size)
+        font = font_for(text, size)
         if font.getlength(text) <= width:
             return font
-    return ImageFont.load_default(smallest)
+    return font_for(text, smallest)
 
 
 def draw_batch(images, mask, targets, names, limit=9):
@@ -110,16 +197,18 @@ def draw_batch(images, mask, targets, names, limit=9):
         h, w = target["size"].tolist()
         cx, cy, bw, bh = (target["boxes"].cpu() * torch.tensor([w, h, w, h])).unbind(-1)
         boxes = torch.stack([cx - bw / 2, cy - bh / 2, cx + bw / 2, cy + bh / 2], dim=-1)
-        drawn.append(draw_boxes(TF.to_pil_image(pixels), boxes, target["labels"], names))
+        most = SHEET_PIXELS / min(limit, len(images))
+        drawn.append(draw_boxes(TF.to_pil_image(pixels), boxes, target["labels"], names, most_pixels=most))
     return tile(drawn, 3)
 
 
 def draw_samples(samples, names):
     """[(PIL image, ground truth, detections)] -> PIL image with ground truth and detections next to each other."""
-    images = []
+    images, most = [], SHEET_PIXELS / (2 * max(1, len(samples)))
     for image, truth, detected in samples:
-        objects = draw_boxes(image, truth["boxes"], truth["labels"], names)
-        detections = draw_boxes(image, detected["boxes"], detected["labels"], names, detected["scores"])
+        objects = draw_boxes(image, truth["boxes"], truth["labels"], names, most_pixels=most)
+        boxes, labels, scores = (detected[key] for key in ("boxes", "labels", "scores"))
+        detections = draw_boxes(image, boxes, labels, names, scores, most_pixels=most)
         images += [heading(objects, "ground truth"), heading(detections, "detected")]
     return tile(images, 4 if len(images) > 2 else 2)
 
@@ -143,6 +232,9 @@ def crop_around(image, box, side):
     x1, y1, x2, y2 = box
     reach = max(0.75 * max(x2 - x1, y2 - y1), 32)
     size = round(2 * reach)
+    if size > LONGEST_SIDE:  # a crop of a long strip would be a large square, nearly all of it black
+        factor = LONGEST_SIDE / 2 / size
+        return crop_around(image.resize(scaled_size(image, factor)), [v * factor for v in box], side)
     left = max(0, min(round((x1 + x2) / 2 - reach), image.width - size))
     top = max(0, min(round((y1 + y2) / 2 - reach), image.height - size))
     crop = image.convert("RGB").crop((left, top, left + size, top + size))  # black beyond the image
@@ -153,12 +245,13 @@ def crop_around(image, box, side):
 
 def describe_case(case, names):
     """What went wrong in an evaluate.Case, in a few words."""
+    truth = None if case.truth is None else drawable_name(names[case.truth], case.truth)
     if case.detected is None:
-        return f"missed: {names[case.truth]}"
-    detected = f"{names[case.detected]} {case.score:.2f}"
-    if case.truth is None:
+        return f"missed: {truth}"
+    detected = f"{drawable_name(names[case.detected], case.detected)} {case.score:.2f}"
+    if truth is None:
         return f"{detected}, nothing there"
-    return f"{detected}, is {names[case.truth]}"
+    return f"{detected}, is {truth}"
 
 
 # Diagrams
@@ -272,7 +365,7 @@ def draw_confusion(counts, names, out):
     Numbers are added if there is room.
     """
     size = len(counts)
-    side = min(24.0, max(5.0, 0.45 * size + 2))
+    side = min(18.0, max(5.0, 0.45 * size + 2))
     figure, axes = pyplot().subplots(figsize=(side, side), layout="constrained")
     fractions = counts / counts.sum(1, keepdims=True).clip(min=1)
     axes.imshow(fractions, cmap="Blues", vmin=0, vmax=1)

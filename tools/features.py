@@ -9,6 +9,7 @@ The components are computed over all images together, so that a colour means the
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -140,7 +141,7 @@ def main():
     for name, backbone in open_backbones(arguments, layers):
         check_layers(backbone, name, layers)
         columns += draw_columns(name, backbone, images, arguments.image_size, layers)
-    sheet = tile([column[row] for row in range(len(images)) for column in columns], len(columns))
+    sheet = tile([column[row] for row in range(len(images)) for column in columns], len(columns), most_pixels=math.inf)
     with writing(arguments.out, "; choose another --out", also=[ValueError]):
         sheet.save(arguments.out)
     print(f"written to {arguments.out}")

@@ -32,6 +32,9 @@ def writing(path, hint="", also=()):
 
 def run_script(main):
     """Calls a script's main; UserErrors and a full GPU end it in one line and status 2."""
+    for stream in (sys.stdout, sys.stderr):  # file names may hold any bytes, consoles have any encoding
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as error:

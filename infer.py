@@ -6,18 +6,22 @@
     python infer.py clip.mp4                             frame by frame; a number is a camera, Ctrl-C ends it
     python infer.py large.jpg --tile 640                 in overlapping tiles of 640 pixels
 
-Writes the images and videos with their boxes, and detections.json in COCO's results format, into --out.
+Writes the images and videos with their boxes, and detections.json in COCO's results format, into --out; sound is left
+out. No input is ever overwritten, and a file that can't be read costs no other: the exit status is then 2. Ctrl-C keeps
+what is done (status 130).
 """
 
 import argparse
 import glob
 import json
 import os
+import signal
 import sys
 import time
 from collections import Counter
 from fractions import Fraction
 from functools import partial
+from itertools import chain, count, islice
 from pathlib import Path
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what Apple's GPUs can't do yet then runs on the CPU
@@ -26,9 +30,12 @@ from devices import PRECISIONS
 from errors import Offline, UserError, run_script, writing
 from layouts import IMAGE_SUFFIXES
 from plots import draw_boxes
-from transforms import read_image
+from transforms import allow_large_images, read_image
 
 VIDEO_SUFFIXES = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts"}
+FRAMES_ON_GPU = 8  # of a video that share a batch
+SHORTEST_TIME = Fraction(1, 60_000)  # MPEG-4, which is written without libx264, has no shorter unit
+STOPPED = "stopped"
 CAMERAS = {"linux": ("/dev/video{}", "v4l2"), "darwin": ("{}", "avfoundation"), "win32": ("video={}", "dshow")}
 
 
@@ -63,6 +70,12 @@ def parse_arguments():
         choices=["auto", *PRECISIONS],
         help="default: float32 on CPUs, bfloat16 or float16 on GPUs that are fast at it",
     )
+    parser.add_argument("--device", metavar="DEV", help="cpu, cuda, cuda:1, mps (default: a GPU if there is one)")
+    parser.add_argument(
+        "--large-images",
+        action="store_true",
+        help="open images that look like decompression bombs, such as large scans",
+    )
     parser.add_argument("--out", default="detections", metavar="DIR", help="default: detections")
     parser.add_argument("--offline", action=Offline)
     arguments = parser.parse_args()
@@ -73,22 +86,35 @@ def parse_arguments():
 
 def main():
     arguments = parse_arguments()
+    allow_large_images(arguments.large_images)
     paths = find_files(arguments.paths)
+    if any(is_video(path) for path in paths):
+        require_av(next(path for path in paths if is_video(path)))
+    out = Path(arguments.out)
+    names = output_names(paths, out)
     checkpoint = arguments.checkpoint or newest_checkpoint()
     detector = load(
         checkpoint,
+        device=arguments.device,
         image_size=arguments.image_size,
         threshold=arguments.threshold,
         tile=arguments.tile,
         precision=arguments.precision,
     )
-    out = Path(arguments.out)
     with writing(out, "; choose another --out"):
         out.mkdir(parents=True, exist_ok=True)
     print(f"{checkpoint}: {len(detector.classes)} classes; {len(paths)} files; {detector.device.type}")
-    failed = detect_in_files(paths, detector, out)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what is done is kept
+    try:
+        failed = detect_in_files(paths, names, detector, out)
+    except KeyboardInterrupt:
+        print(f"stopped; what was done is in {out / 'detections.json'}")
+        raise
     if failed:
-        raise UserError(f"{len(failed)} of {len(paths)} files can't be read: {'; '.join(failed[:10])}")
+        more = f"; and {len(failed) - 10} more, see above" if len(failed) > 10 else ""
+        raise UserError(
+            f"{len(failed)} of {len(paths)} files can't be read or written in full: {'; '.join(failed[:10])}{more}"
+        )
 
 
 def find_files(arguments):
@@ -120,46 +146,98 @@ def newest_checkpoint():
     return checkpoints[-1]
 
 
-def detect_in_files(paths, detector, out):
-    """Writes the results for images and videos into the folder `out` -> messages about the files that can't be read."""
+def detect_in_files(paths, names, detector, out):
+    """Writes the results for images and videos into the folder `out` -> messages about the files that failed.
+
+    names: of the outputs, see output_names. Ctrl-C ends it, with detections.json of what was done.
+    """
     failed, seconds, count = [], 0.0, 0
-    results = JsonList(out / "detections.json")
-    for path, name in zip(paths, output_names(paths)):
-        if is_video(path):
+    with JsonList(out / "detections.json") as results:
+        for path, name in zip(paths, names):
             try:
-                detect_in_frames(path, out / f"{name}.mp4", detector, results)
-            except UserError as error:
-                failed.append(str(error))
-            continue
-        try:
-            image = read_image(path)
-        except Exception as error:  # PIL raises exceptions of many types for broken files
-            failed.append(f"{path}: {error}")
-            continue
-        started = time.time()
-        found = detector(image)
-        seconds += time.time() - started
-        count += 1
-        print(f"  {path.name:30s} {count_by_name(found['names'])}")
-        results.extend(rows_of(found, detector, {"image_id": path.stem, "file_name": str(path)}))
-        drawn = draw_boxes(image, found["boxes"], found["labels"], detector.classes, found["scores"])
-        drawn.save(out / f"{name}.jpg", quality=92)
-    results.close()
+                if is_video(path):
+                    detect_in_frames(path, name, out / f"{name}.mp4", detector, results)
+                else:
+                    seconds += detect_in_image(path, name, out / f"{name}.jpg", detector, results)
+                    count += 1
+            except Exception as error:  # PIL raises exceptions of many types for broken files, torch for odd sizes
+                failed.append(say_failure(path, error))
     speed = f", {count / max(seconds, 1e-9):.1f} images/s" if count else ""
     print(f"{results.count} detections in {count} images{speed}; written to {out}/")
     return failed
 
 
-def output_names(paths):
-    """The paths' names without their endings; those that repeat are numbered: a, b, a-2."""
-    used = Counter()
-    for path in paths:
-        used[path.stem] += 1
-        yield path.stem if used[path.stem] == 1 else f"{path.stem}-{used[path.stem]}"
+def detect_in_image(path, name, out, detector, results):
+    """Writes the rows of an image to `results` and its drawing to `out` -> seconds that detection took."""
+    image = read_image(path)
+    started = time.time()
+    found = detector(image)
+    seconds = time.time() - started
+    print(f"  {path.name:30s} {count_by_name(found['names'])}")
+    results.extend(rows_of(found, detector, {"image_id": name, "file_name": str(path)}))
+    drawn = draw_boxes(image, found["boxes"], found["labels"], detector.classes, found["scores"])
+    with writing(out, also=[ValueError]):
+        drawn.save(out, quality=92)
+    return seconds
+
+
+def say_failure(path, error):
+    """Prints in a line that a file failed -> the line."""
+    cause = " ".join((str(error) or type(error).__name__).split())
+    message = cause if str(path) in cause or isinstance(error, UserError) else f"{path}: {cause}"
+    print(f"  {path.name:30s} failed: {cause}")
+    return message
+
+
+def output_names(paths, out):
+    """-> a name for each path, of its outputs and in detections.json; unique, whatever the case of its letters.
+
+    That is the file's name without its ending, with as many folders before it as tell it apart, and with the ending if
+    they do not: x.jpg -> x; a/x.jpg, b/x.jpg -> a-x, b-x; a/x.jpg, a/x.png -> x-jpg, x-png. No output overwrites an
+    input, nor, in a folder that holds inputs, anything else. Raises UserError.
+    """
+    inputs = {identity(path) for path in paths} - {None}
+    if identity(out / "detections.json") in inputs:
+        raise UserError(f"{out / 'detections.json'}: is an input, and would be overwritten; choose another --out")
+    among_inputs = identity(out) in {identity(path.absolute().parent) for path in paths} - {None}
+    candidates = [list(dict.fromkeys(possible_names(path))) for path in paths]
+    counts = Counter(name.casefold() for possible in candidates for name in possible)
+    names, used = [], set()
+    for path, possible in zip(paths, candidates):
+        base = next((name for name in possible if counts[name.casefold()] == 1), path.stem)
+        suffix = ".mp4" if is_video(path) else ".jpg"
+        for name in chain([base], (f"{base}-{number}" for number in count(2))):
+            overwritten = identity(out / f"{name}{suffix}")
+            if name.casefold() not in used and (overwritten is None or not (among_inputs or overwritten in inputs)):
+                break
+        used.add(name.casefold())
+        names.append(name)
+    return names
+
+
+def possible_names(path):
+    """a/b/x.jpg -> x, b-x, a-b-x, x-jpg, b-x-jpg, a-b-x-jpg."""
+    parts = path.absolute().parts[1:-1]
+    for ending in (path.stem, path.name.replace(".", "-")):
+        for depth in range(len(parts) + 1):
+            yield "-".join((*parts[len(parts) - depth :], ending))
+
+
+def identity(path):
+    """What two paths of the same file have in common, through links or other spellings; None if there is none."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return status.st_dev, status.st_ino
 
 
 def is_video(path):
-    return path.suffix.lower() in VIDEO_SUFFIXES or str(path).isdigit()
+    return path.suffix.lower() in VIDEO_SUFFIXES or is_camera(path)
+
+
+def is_camera(path):
+    return str(path).isdigit()
 
 
 def count_by_name(names):
@@ -183,22 +261,33 @@ def rows_of(found, detector, where):
 
 
 class JsonList:
-    """A file with a JSON list, written row by row under a temporary name until it is closed. Raises UserError."""
+    """A file with a JSON list in UTF-8, written row by row under a temporary name until it is closed. Raises UserError.
+
+    As a context manager, it is closed and whole however its block ends.
+    """
 
     def __init__(self, path):
         self.path, self.partial, self.count = path, path.with_name(path.name + ".partial"), 0
         with writing(self.path):
-            self.file = open(self.partial, "w")
+            # What is no character, as in file names of other encodings, becomes an escape of JSON
+            self.file = open(self.partial, "w", encoding="utf-8", errors="backslashreplace")
+            self.file.write("[")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
 
     def extend(self, rows):
         with writing(self.path):
             for row in rows:
-                self.file.write((",\n" if self.count else "[\n") + json.dumps(row))
+                self.file.write((",\n" if self.count else "\n") + json.dumps(row, ensure_ascii=False))
                 self.count += 1
 
     def close(self):
         with writing(self.path):
-            self.file.write("\n]\n" if self.count else "[]\n")
+            self.file.write("\n]\n" if self.count else "]\n")
             self.file.close()
             self.partial.replace(self.path)
 
@@ -206,18 +295,27 @@ class JsonList:
 # Videos and cameras, frame by frame, through PyAV, which is only needed for these
 
 
-def detect_in_frames(path, out, detector, results):
-    """Writes a video with its boxes to `out` and the rows of its frames to `results`; prints the speed of each step."""
-    report = partial(write_frame, path, detector, results)
+def detect_in_frames(path, name, out, detector, results):
+    """Writes a video with its boxes to `out` and the rows of its frames to `results`; prints the speed of each step.
+
+    Raises UserError if the video is damaged, or `out` can't be written, and KeyboardInterrupt for Ctrl-C, which only
+    ends a camera.
+    """
+    report = partial(write_frame, path, name, detector, results)
     frames, seconds, trouble = detect_in_video(str(path), detector, out, report)
     speeds = ", ".join(f"{step} {frames / max(spent, 1e-9):.1f}" for step, spent in seconds.items())
     ending = f"; {trouble}" if trouble else ""
     print(f"  {path.name:30s} {frames} frames; frames/s: {speeds}, all {frames / sum(seconds.values()):.1f}{ending}")
+    stopped = trouble is not None and trouble.startswith(STOPPED)
+    if stopped and not is_camera(path):
+        raise KeyboardInterrupt
+    if trouble and trouble != STOPPED:
+        raise UserError(f"{path}: {trouble}")
 
 
-def write_frame(path, detector, results, frame):
+def write_frame(path, name, detector, results, frame):
     where = {
-        "image_id": path.stem,
+        "image_id": name,
         "file_name": str(path),
         "frame": frame["frame"],
         "time": round(frame["time"], 4),
@@ -229,53 +327,108 @@ def detect_in_video(source, detector, out, report):
     """Detects in every frame of a file or camera and writes the frames with their boxes to `out`, an .mp4.
 
     report is called with {"frame", "time" in seconds, and a Detector's "scores", "labels", "boxes", "names"} for each
-    frame; none is kept, so a camera can run for days. Ctrl-C ends it after the current frame.
-    -> (number of frames, {"decoding", "network", "drawing": seconds}, why it ended early or None). Raises UserError.
+    frame; none is kept, so a camera can run for days. Ctrl-C ends it after the current frame. On a GPU, frames of files
+    share batches. Packets that can't be decoded cost their own frames only.
+    -> (number of frames, {"decoding", "network", "drawing": seconds}, what went wrong or None). Raises UserError.
     """
     container = open_video(source)
     import av
 
     stream = container.streams.video[0]
     stream.thread_type = "AUTO"
+    if container.streams.audio:
+        print(f"  {source}: its sound is left out")
     rate = Fraction(stream.average_rate or 25).limit_denominator(1001)
-    frames, writer = container.decode(stream), VideoWriter(out, rate)
-    count, trouble = 0, None
+    on_gpu = hasattr(detector, "device") and detector.device.type != "cpu"
+    batch_size = FRAMES_ON_GPU if on_gpu and not source.isdigit() else 1
+    frames, writer = FrameReader(container, stream), VideoWriter(out, rate, stream.time_base)
+    start = Fraction(container.start_time or 0, av.time_base)
+    done, troubles = 0, []
     seconds = {"decoding": 0.0, "network": 0.0, "drawing": 0.0}
     try:
         while True:
             started = time.perf_counter()
-            frame = next(frames, None)
-            if frame is None:
+            batch = list(islice(frames, batch_size))
+            if not batch:
                 break
-            image = upright(frame)
+            images = [upright(frame) for frame in batch]
             decoded = time.perf_counter()
-            found = detector(image)
+            detections = [detector(images[0])] if batch_size == 1 else detector(images)
             detected = time.perf_counter()
-            writer.write(draw_boxes(image, found["boxes"], found["labels"], detector.classes, found["scores"]))
-            position = count / rate if frame.time is None else frame.time
-            report({"frame": count, "time": float(position)} | found)
-            count += 1
+            for frame, image, found in zip(batch, images, detections):
+                position = done / rate if frame.time is None else frame.time
+                report({"frame": done, "time": float(position)} | found)
+                drawn = draw_boxes(image, found["boxes"], found["labels"], detector.classes, found["scores"])
+                writer.write(drawn, done / rate if frame.pts is None else frame.pts * frame.time_base - start)
+                done += 1
             seconds["decoding"] += decoded - started
             seconds["network"] += detected - decoded
             seconds["drawing"] += time.perf_counter() - detected
     except KeyboardInterrupt:
-        trouble = "stopped"
+        troubles.append(STOPPED)
     except av.error.FFmpegError as error:
-        trouble = f"broken after frame {count} ({error})"
+        troubles.append(f"broken after frame {done} ({error})")
     finally:
         container.close()
         writer.close()
-    if not count:
+    troubles += [trouble for trouble in (frames.damage, writer.trouble) if trouble]
+    trouble = "; ".join(troubles) or None
+    if not done and STOPPED not in troubles:
         raise UserError(f"{source}: no frame of it can be read" + (f"; {trouble}" if trouble else ""))
-    return count, seconds, trouble
+    return done, seconds, trouble
+
+
+class FrameReader:
+    """The frames of a video stream, one by one. Damaged packets are counted, and cost their own frames only."""
+
+    def __init__(self, container, stream):
+        self.frames, self.damaged, self.first = self.read(container, stream), 0, None
+
+    def __iter__(self):
+        return self.frames
+
+    def read(self, container, stream):
+        import av
+
+        for packet in container.demux(stream):
+            try:
+                frames = packet.decode()
+            except av.error.FFmpegError:
+                self.note(packet)
+                continue
+            for frame in frames:
+                if frame.is_corrupt:  # decoded all the same, with holes
+                    self.note(frame)
+                yield frame
+
+    def note(self, part):
+        if self.first is None and part.pts is not None:
+            self.first = float(part.pts * part.time_base)
+        self.damaged += 1
+
+    @property
+    def damage(self):
+        """What was damaged, in words, or None."""
+        if not self.damaged:
+            return None
+        return f"{self.damaged} damaged packets or frames" + (
+            f", the first near {self.first:.2f} s" if self.first else ""
+        )
+
+
+def require_av(source):
+    """Raises UserError if PyAV is not installed."""
+    try:
+        import av  # noqa: F401 - is it there?
+    except ImportError:
+        raise UserError(f"{source}: videos and cameras need PyAV; pip install av") from None
 
 
 def open_video(source):
     """A file's path, or a camera's number as text -> PyAV container. Raises UserError."""
-    try:
-        import av
-    except ImportError:
-        raise UserError(f"{source}: videos and cameras need PyAV; pip install av") from None
+    require_av(source)
+    import av
+
     kind = "camera" if source.isdigit() else "video"
     try:
         if kind == "camera":
@@ -297,21 +450,43 @@ def upright(frame):
 
 
 class VideoWriter:
-    """Writes PIL images of one size as the frames of an .mp4, which is opened when the first one comes."""
+    """Writes PIL images as the frames of an .mp4, which is opened when the first one comes and decides their size.
 
-    def __init__(self, path, rate):
-        self.path, self.rate, self.container, self.stream = path, rate, None, None
+    rate: frames a second, on average; time_base: the unit of their times, in seconds, or None. What can't be written is
+    in `trouble`, and nothing more is tried then.
+    """
 
-    def write(self, image):
+    def __init__(self, path, rate, time_base=None):
+        self.path, self.rate, self.container, self.stream, self.trouble = path, rate, None, None, None
+        self.time_base, self.last = max(time_base or 1 / rate, SHORTEST_TIME), -1
+
+    def write(self, image, time):
+        """time: Fraction, in seconds from the start."""
         import av
 
-        image = image.crop((0, 0, image.width // 2 * 2, image.height // 2 * 2))  # the codec needs even sides
-        if self.container is None:
-            codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-            self.container = av.open(str(self.path), "w")
-            self.stream = self.container.add_stream(codec, rate=self.rate)
-            self.stream.width, self.stream.height, self.stream.pix_fmt = image.width, image.height, "yuv420p"
-        self.encode(av.VideoFrame.from_image(image))
+        if self.trouble:
+            return
+        try:
+            image = image.crop((0, 0, image.width // 2 * 2, image.height // 2 * 2))  # the codec needs even sides
+            if self.container is None:
+                self.open(image)
+            if image.size != (self.stream.width, self.stream.height):
+                image = image.resize((self.stream.width, self.stream.height))
+            frame = av.VideoFrame.from_image(image)
+            self.last = max(round(time / self.time_base), self.last + 1)  # an encoder takes rising times only
+            frame.pts, frame.time_base = self.last, self.time_base
+            self.encode(frame)
+        except (OSError, ValueError, av.error.FFmpegError) as error:
+            self.trouble = f"{self.path} can't be written ({error})"
+
+    def open(self, image):
+        import av
+
+        codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+        self.container = av.open(str(self.path), "w")
+        self.stream = self.container.add_stream(codec, rate=self.rate)
+        self.stream.width, self.stream.height, self.stream.pix_fmt = image.width, image.height, "yuv420p"
+        self.stream.codec_context.time_base = self.time_base
 
     def encode(self, frame):
         """frame: None for the end of the stream."""
@@ -319,9 +494,16 @@ class VideoWriter:
             self.container.mux(packet)
 
     def close(self):
-        if self.container is not None:
-            self.encode(None)
+        import av
+
+        if self.container is None:
+            return
+        try:
+            if not self.trouble:
+                self.encode(None)
             self.container.close()
+        except (OSError, ValueError, av.error.FFmpegError) as error:
+            self.trouble = self.trouble or f"{self.path} can't be written ({error})"
 
 
 if __name__ == "__main__":

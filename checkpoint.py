@@ -44,9 +44,20 @@ EARLIER = {"exact_sides": False, "attention": "global", "distinct": 0.0}  # what
 def load_detector(path, device="cpu", memory_format=torch.channels_last):
     """path: see read_checkpoint -> (model for inference on device, batch norms folded; postprocess; dictionary)."""
     content = read_checkpoint(path)
+    refuse_not_finite(content["model"], path)
     model, _, postprocess = build_model(content["config"], load_weights=False)
     load_strictly(model, content["model"], path)
     return fuse(model).to(device, memory_format=memory_format).eval(), postprocess, content
+
+
+def refuse_not_finite(state, source):
+    """Raises UserError if a weight of a state dict is NaN or infinite."""
+    broken = [key for key, value in state.items() if not value.isfinite().all()]
+    if broken:
+        raise UserError(
+            f"{source}: {len(broken)} of its {len(state)} weights are not finite ({', '.join(broken[:3])}): its "
+            "training diverged, or the file is damaged; take another checkpoint, or train with a lower --lr"
+        )
 
 
 def save_checkpoint(path, content):
@@ -90,6 +101,8 @@ def read_checkpoint(path):
     given, path = path, Path(path)
     if not path.exists():
         path = fetch_released(given) or fetch_folder(given) or path
+    if path.name == "model.safetensors" and is_ours(path.parent):
+        path = path.parent
     if path.is_dir() and is_ours(path):
         return read_folder(path)
     if path.is_dir():
@@ -197,6 +210,7 @@ def start_from(model, content, classes, source):
             f"{source}: weights loaded; {mapped} tensors have rows for classes; kept by name: {kept}; "
             f"newly initialised: {new}"
         )
+    refuse_not_finite(state, source)
     load_strictly(model, state, source)
 
 
@@ -245,8 +259,8 @@ def write_folder(content, folder):
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        (folder / "config.json").write_text(json.dumps(rest, indent=1))
-        (folder / "README.md").write_text(model_card(content))
+        (folder / "config.json").write_text(json.dumps(rest, indent=1), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(content), encoding="utf-8")
 
 
 def model_card(content):
@@ -305,6 +319,7 @@ CONSTANTS = re.compile(
     r"decoder\.(decoder\.)?(up|reg_scale)|decoder\.(anchors|valid_mask)|.*(num_points_scale|rope_embed\.periods)"
 )
 CONSTANT_VALUES = {"up": UP, "reg_scale": REG_SCALE}  # that a released file has and our state dict has not
+CONSTANT_KEYS = {f"decoder.{name}" for name in CONSTANT_VALUES}
 
 
 def fetch_released(name):
@@ -364,10 +379,13 @@ def released_checkpoint(state, source):
     mismatched = [key for key in expected & weights.keys() if own[key].shape != weights[key].shape]
     check_keys(source, name, expected - weights.keys(), weights.keys() - expected, mismatched)
     classes, category_ids = coco_classes()
-    if num_classes != len(classes):
+    if num_classes == len(classes) and CONSTANT_KEYS <= state.keys():
+        print(f"{source}: a released {name}; its 80 classes are taken to be COCO's")
+    else:
         classes, category_ids = [f"class {i}" for i in range(num_classes)], list(range(num_classes))
         print(
-            f"{source}: {name} with {num_classes} classes, which are not COCO's; they are called class 0, class 1, ..."
+            f"{source}: {name} with {num_classes} classes, whose names are not in the file; they are called class 0, "
+            "class 1, ... (a folder of ours has the names in its config.json, next to model.safetensors)"
         )
     return {
         "format": FORMAT,

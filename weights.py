@@ -46,6 +46,10 @@ OTHER_PARTS = re.compile(
     r"(vision_model\.)?embeddings\.position_ids|decoder\."
 )
 
+PREFIXES = ("module.", "_orig_mod.", "backbone.", "model.", "ema.", "teacher.")  # that wrappers put before all keys
+WRAPPERS = ("model", "state_dict", "teacher", "ema", "module")  # keys under which a file may hold its state dict
+CLASSIFIER = re.compile(r"(head|head_dist|fc|classifier)\.")  # of timm's files and torchvision's
+
 # Weights that must not be used commercially, as of November 2026: part of their URL or repository, and their owner
 NOT_COMMERCIAL = {
     "capsule2077/edgecrafter": "EdgeCrafter's",
@@ -292,15 +296,39 @@ def read_state_dict(path):
         raise UserError(f"{path}: no such file")
     try:
         if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+            state = safetensors.torch.load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds on files that are not its own
         raise UserError(f"{path}: can't be read as weights ({first_line(error)})") from None
-    for wrapper in ("model", "state_dict", "teacher"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
+    while isinstance(state, dict):
+        inside = next((state[key] for key in WRAPPERS if isinstance(state.get(key), dict)), None)
+        if inside is None:
+            break
+        state = inside
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{path}: holds no state dict")
+    return without_prefixes(state, path)
+
+
+def without_prefixes(state, source):
+    """Takes the PREFIXES off the keys that all have them, a classifier's apart, and prints which; what is left has to
+    fit, as always. ECViT's own `backbone.` stays: next to it there is a `projector.`."""
+    removed = []
+    while True:
+        prefixes = {
+            next((p for p in PREFIXES if key.startswith(p)), None) for key in state if not CLASSIFIER.match(key)
+        }
+        prefix = prefixes.pop() if len(prefixes) == 1 else None
+        if prefix is None:
+            break
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+        removed.append(prefix)
+    if any("._orig_mod." in key for key in state):  # of parts that torch.compile has wrapped
+        state = {key.replace("._orig_mod.", "."): value for key, value in state.items()}
+        removed.append("_orig_mod.")
+    if removed:
+        print(f"{source}: {', '.join(removed)} taken off the names of its {len(state)} weights")
     return state
 
 
@@ -311,6 +339,12 @@ def check_keys(source, name, missing, unexpected, mismatched=()):
         if keys:
             listed = ", ".join(sorted(map(str, keys))[:5]) + (", ..." if len(keys) > 5 else "")
             problems.append(f"{len(keys)} {kind}: {listed}")
+    heads = sorted({key.split(".")[0] for key in map(str, unexpected) if CLASSIFIER.match(key)})
+    if heads:
+        problems.append(
+            f"{', '.join(heads)}: a classifier's, which a backbone has not; save the file without them, for example "
+            f"torch.save({{k: v for k, v in state.items() if not k.startswith({tuple(h + '.' for h in heads)})}}, path)"
+        )
     if problems:
         raise UserError(f"{source}: not the weights of {name}; {'; '.join(problems)}")
 

@@ -36,7 +36,7 @@ from devices import PRECISIONS, autocast, choose_device, choose_precision
 from distributed import all_gather, broadcast, is_main_process, start_worker
 from errors import Offline, UserError, run_script, writing
 from layouts import LAYOUTS, load_splits
-from transforms import eval_transforms, read_image
+from transforms import allow_large_images, eval_transforms, read_image
 
 NAMES = (
     "AP",
@@ -424,6 +424,11 @@ def build_parser():
         help="allow files of the dataset outside of DIR, through links or absolute paths",
     )
     parser.add_argument(
+        "--large-images",
+        action="store_true",
+        help="open images that look like decompression bombs, such as large scans",
+    )
+    parser.add_argument(
         "--image-size", type=int, metavar="S", help="shortest side in pixels (default: that of the run)"
     )
     parser.add_argument(
@@ -455,6 +460,7 @@ def load_split(arguments, content):
     if data is None:
         raise UserError(f"{arguments.checkpoint} does not say what data it was trained with; give --data DIR")
     of_run = {} if arguments.data else config  # these settings of the run say nothing about other data
+    allow_large_images(arguments.large_images or of_run.get("large_images", False))
     _, split = load_splits(
         data,
         arguments.train_split or config.get("train_split"),

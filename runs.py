@@ -31,6 +31,7 @@ try:
 except ImportError:  # Windows has no such locks
     fcntl = None
 
+REPORT = ("precision_recall.png", "confusion.png")  # of a run that ended; mistakes.png only if there are any
 EVALUATION_COST = 9  # by default there are as many seconds of training to each one of evaluation
 RENAMED = {"spent": "train_seconds", "best": "best_ap", "sums": "loss_sums", "counted": "loss_count"}  # in older files
 
@@ -319,6 +320,9 @@ class Run:
             self.save_last()
         finished = self.out_of_patience or self.progress >= 1
         best = self.folder / "best.pth"
+        if self.resumed and self.step == self.first_step and self.is_reported:
+            self.say_nothing_is_left()
+            return 0
         if self.best_result is None and finished and distributed.broadcast(best.exists()):  # it was before a --resume
             content = distributed.broadcast(read_checkpoint(best) if self.is_main else None)
             distributed.load(self.detector, [], content)
@@ -339,6 +343,19 @@ class Run:
         print(f"  python infer.py IMAGE --checkpoint {best}")
         return 0
 
+    @property
+    def is_reported(self):
+        """Whether the run ended before: its last epoch is logged and the report of its best one drawn."""
+        rows = read_rows(self.folder / "log.jsonl")
+        ended = bool(rows) and json.loads(rows[-1])["step"] == self.step and self.progress >= 1
+        drawn = all((self.folder / name).exists() for name in ("best.pth", *REPORT))
+        return distributed.broadcast(ended and drawn)
+
+    def say_nothing_is_left(self):
+        given = {"data": self.s.data, "init": str(self.folder / "best.pth")}
+        print(f"nothing is left: the run ended after step {self.step}, best AP {self.state.best_ap:.3f}. To train on:")
+        print(f"  python train.py {as_options(given)} --epochs {max(1, math.ceil(self.epoch / 2))}")
+
     # Checkpoints
 
     def save(self, name, **more):
@@ -353,6 +370,7 @@ class Run:
         state = {f.name: getattr(self.state, f.name) for f in fields(State)}
         state |= {"model": distributed.unshard(self.model.state_dict())}
         state |= {"optimizers": [distributed.unshard(optimizer.state_dict()) for optimizer in self.optimizers]}
+        state |= {"images": [len(self.train.records), len(self.val.records)]}
         state |= {"scaler": self.scaler.state_dict(), "rng": torch.get_rng_state()}
         state |= {"cuda_rng": torch.cuda.get_rng_state() if self.device.type == "cuda" else None}
         self.save("last.pth", training=state)
@@ -412,7 +430,7 @@ class Run:
         names = [name for batches in by_process.values() for batch in batches for name in batch]
         listed = self.folder / "bad_batches.txt"
         if self.is_main:
-            listed.write_text("".join(f"{name}\n" for name in names))
+            listed.write_text("".join(f"{name}\n" for name in names), encoding="utf-8", errors="surrogateescape")
         raise UserError(
             f"three steps in a row without a finite loss, and no way back; their {len(names)} images "
             f"({', '.join(names[:3])}, ...) are listed in {listed}. Look at them, or try a lower --lr than "

@@ -157,6 +157,7 @@ class Settings:
     mosaic_chance: float = of_data(0.5, "X", "how likely these are in that time (default 0.5; ecdet: 0.75 or 1)")
     workers: int = of_data(None, "N", "processes that load images")
     skip_bad_images: bool = of_data(False, None, "leave out images that can't be read, instead of stopping")
+    large_images: bool = of_data(False, None, "open images that look like decompression bombs, such as large scans")
     allow_outside: bool = of_data(False, None, "files may lie outside of DIR, through links, .. or absolute paths")
 
     recipe: str = of_model(
@@ -320,6 +321,7 @@ ARCHITECTURE = (
     "detector size backbone pyramid layers patch_size hidden_dim num_heads ffn_dim encoder_layers decoder_layers"
 )
 ARCHITECTURE = (*ARCHITECTURE.split(), "scales", "attention", "num_denoising")
+RESUMABLE = ("data", "large_images")  # what may be given with --resume: where the data is now
 QUERIES_ARE_WEIGHTS = ("detr-2020", "dino")  # elsewhere they are selected, as many as one likes
 POSITIVE = (
     "batch_size accumulate device_batch image_size num_queries decoder_layers patch_size epochs steps minutes patience"
@@ -343,7 +345,9 @@ def build_parser(description):
         groups[f.metadata["group"]].add_argument(option(f.name), **kind, **f.metadata["options"])
     groups["run"].add_argument("--offline", action=Offline)
     groups["run"].add_argument("--version", action="version", version=VERSION)
-    groups["run"].add_argument("--resume", metavar="RUN", help="continue this run, with its own settings")
+    groups["run"].add_argument(
+        "--resume", metavar="RUN", help="continue this run, with its own settings; --data DIR if its data was moved"
+    )
     return parser
 
 
@@ -355,8 +359,9 @@ def parse_arguments(description):
     """-> (settings given on the command line, run to resume or None). Raises UserError."""
     given = vars(build_parser(description).parse_args())
     resume = given.pop("resume", None)
-    if resume is not None and given:
-        raise UserError(f"--resume continues with the run's own settings; leave out {', '.join(map(option, given))}")
+    changed = [option(key) for key in given if key not in RESUMABLE]
+    if resume is not None and changed:
+        raise UserError(f"--resume continues with the run's own settings; leave out {', '.join(changed)}")
     return given, resume
 
 

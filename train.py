@@ -7,6 +7,7 @@
     python train.py --data DIR --init ecdet_s.pth                starts from a checkpoint: a released ECDet or your own
     python train.py --data DIR --recipe meta                     DETR as published in 2020
     python train.py --resume runs/demo                           continues exactly where the run was stopped
+    python train.py --resume runs/mine --data NEW                the same, after the data was moved
     torchrun --nproc-per-node 8 train.py --data DIR              eight GPUs, which share each batch
 
 A run writes config.json, log.jsonl, last.pth, best.pth, curves.png, train_batch.png, val_samples.png and, at its end,
@@ -37,7 +38,9 @@ from layouts import load_splits
 from optim import build_optimizers, learning_rate_factor, set_learning_rate, update_ema
 from runs import Run
 from settings import Settings, parse_arguments, resolve_settings
-from transforms import detail_needed, eval_transforms, train_transforms
+from transforms import allow_large_images, detail_needed, eval_transforms, train_transforms
+
+DEMO = "data/demo"
 
 
 def main():
@@ -118,11 +121,15 @@ def prepare(given, resume, device):
             f"{resume}/last.pth: holds no optimizer state, or that of an earlier version; "
             "infer.py and evaluate.py still open it"
         )
+    config = saved["config"] | given if saved else given
+    allow_large_images(config.get("large_images", False))
+    if saved and not Path(config["data"]).exists() and config["data"] != DEMO:
+        raise UserError(f"{config['data']}: no such folder; if it was moved, add where it is now: --data DIR")
     with distributed.main_process_first():
-        train_split, val_split = load_data(saved["config"] if saved else given)
+        train_split, val_split = load_data(config)
     initial = read_checkpoint(given["init"]) if given.get("init") else None
     if saved:
-        s = Settings.from_config(saved["config"] | {"out": str(resume)})
+        s = Settings.from_config(config | {"out": str(resume)})
     else:
         s = resolve_settings(given, train_split, initial and initial["config"])
     s = distributed.broadcast(s)
@@ -134,7 +141,16 @@ def prepare(given, resume, device):
         )
     if saved and saved["classes"] != train_split.classes:
         raise UserError(f"{s.data}: its classes are no longer those that {resume} was trained on")
+    if saved:
+        compare_counts(saved["training"].get("images"), [train_split, val_split], resume)
     return train_split, val_split, s, saved, initial
+
+
+def compare_counts(before, splits, resume):
+    """Prints a line if the splits have not as many images as before; None: the run did not say how many."""
+    now = [len(split.records) for split in splits]
+    if before and before != now:
+        print(f"warning: {now[0]:,} + {now[1]:,} images, but {resume} was trained on {before[0]:,} + {before[1]:,}")
 
 
 def load_data(s):
@@ -142,9 +158,9 @@ def load_data(s):
 
     The demo is drawn if it is not there.
     """
-    data = s.get("data") or "data/demo"
-    if data == "data/demo" and not Path(data).exists():
-        print("drawing the demo into data/demo")
+    data = s.get("data") or DEMO
+    if data == DEMO and not Path(data).exists():
+        print(f"drawing the demo into {DEMO}")
         make_demo(data)
     keys = "train_split", "val_split", "skip_bad_images", "layout", "val_fraction", "allow_outside"
     splits = load_splits(data, **{key: s[key] for key in keys if s.get(key) is not None})

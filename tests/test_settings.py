@@ -249,6 +249,7 @@ ALWAYS = {
     "exact_sides",
     "skip_bad_images",
     "allow_outside",
+    "large_images",
     "recipe",
     "init",
     "freeze_backbone",

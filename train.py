@@ -123,8 +123,9 @@ def prepare(given, resume, device):
         )
     config = saved["config"] | given if saved else given
     allow_large_images(config.get("large_images", False))
-    if saved and not Path(config["data"]).exists() and config["data"] != DEMO:
-        raise UserError(f"{config['data']}: no such folder; if it was moved, add where it is now: --data DIR")
+    data = config.get("data") or DEMO
+    if saved and data != DEMO and not Path(data).exists():
+        raise UserError(f"{data}: no such folder; if it was moved, add where it is now: --data DIR")
     with distributed.main_process_first():
         train_split, val_split = load_data(config)
     initial = read_checkpoint(given["init"]) if given.get("init") else None

@@ -82,6 +82,16 @@ def write_coco(root, splits, category_ids=(1, 2), size=(64, 48), annotations_fol
     return root
 
 
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """A run that has ended in this process ignores signals; the next test starts with what was there before."""
+    numbers = signal.SIGINT, signal.SIGTERM
+    handlers = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, handlers):
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory):
     """A COCO data set of 12 + 4 small pictures, with category ids that are anything but 0..K-1."""

@@ -77,7 +77,7 @@ def disturbed(base, times, signals, seed=0, steps=90, epoch=3):
             try:
                 said = process.communicate(timeout=wait_for(process, run, rng, 1.5 + 3 * took / times))[0]
             except subprocess.TimeoutExpired:
-                given = rng.choice(signals)
+                given = signals[sent % len(signals)]
                 process.send_signal(given)
                 said = process.communicate()[0]
                 sent += 1

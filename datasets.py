@@ -22,7 +22,7 @@ from torchvision.transforms.v2 import functional as TF
 import plots
 from errors import UserError, run_script, writing
 from layouts import LAYOUTS, load_splits
-from transforms import longest_side, mix_up, mosaic, read_image, reduction, resized_sides
+from transforms import allow_large_images, longest_side, mix_up, mosaic, read_image, reduction, resized_sides
 
 
 class Draw(NamedTuple):
@@ -383,6 +383,7 @@ def build_parser():
     parser.add_argument(
         "--allow-outside", action="store_true", help="files may lie outside of DIR, through links or absolute paths"
     )
+    parser.add_argument("--large-images", action="store_true", help="open images that look like decompression bombs")
     parser.add_argument(
         "--out", default="samples.png", metavar="FILE", help="image of samples to write (default: samples.png)"
     )
@@ -391,6 +392,7 @@ def build_parser():
 
 def main():
     arguments = build_parser().parse_args()
+    allow_large_images(arguments.large_images)
     train, val = load_splits(
         arguments.data,
         arguments.train_split,

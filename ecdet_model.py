@@ -430,56 +430,27 @@ class ECDet(nn.Module):
         return {f"decoder.{name}": ONE_ROW_EACH for name in names}
 
 
-# The backbone of each released file and the arguments of its ECDet. "nano" is this repository's own: with fewer noisy
-# copies and without distributions it learns more in a short run, see docs/choices.md.
+def widths(backbone, dim, encoder_ffn, csp_depth, csp_expansion, decoder_ffn, layers=4, **more):
+    """A row of SIZES: the backbone of the released file, and ECDet's arguments."""
+    return dict(
+        backbone=backbone,
+        dim=dim,
+        encoder_ffn=encoder_ffn,
+        csp_depth=csp_depth,
+        csp_expansion=csp_expansion,
+        decoder_ffn=decoder_ffn,
+        layers=layers,
+        **more,
+    )
+
+
+# nano is ours: with fewer noisy copies and without distributions it learns more in a short run, see docs/choices.md
 SIZES = {
-    "nano": dict(
-        backbone="ecvit-nano",
-        dim=128,
-        encoder_ffn=512,
-        csp_depth=1,
-        csp_expansion=0.5,
-        decoder_ffn=512,
-        layers=2,
-        num_denoising=40,
-        distributions=False,
-    ),
-    "s": dict(
-        backbone="ecvitt",
-        dim=192,
-        encoder_ffn=512,
-        csp_depth=2,
-        csp_expansion=0.34,
-        decoder_ffn=512,
-        layers=4,
-    ),
-    "m": dict(
-        backbone="ecvittplus",
-        dim=256,
-        encoder_ffn=512,
-        csp_depth=2,
-        csp_expansion=0.75,
-        decoder_ffn=1024,
-        layers=4,
-    ),
-    "l": dict(
-        backbone="ecvits",
-        dim=256,
-        encoder_ffn=1024,
-        csp_depth=3,
-        csp_expansion=0.75,
-        decoder_ffn=1024,
-        layers=4,
-    ),
-    "x": dict(
-        backbone="ecvitsplus",
-        dim=256,
-        encoder_ffn=2048,
-        csp_depth=3,
-        csp_expansion=1.5,
-        decoder_ffn=2048,
-        layers=4,
-    ),
+    "nano": widths("ecvit-nano", 128, 512, 1, 0.5, 512, layers=2, num_denoising=40, distributions=False),
+    "s": widths("ecvitt", 192, 512, 2, 0.34, 512),
+    "m": widths("ecvittplus", 256, 512, 2, 0.75, 1024),
+    "l": widths("ecvits", 256, 1024, 3, 0.75, 1024),
+    "x": widths("ecvitsplus", 256, 2048, 3, 1.5, 2048),
 }
 
 

@@ -28,7 +28,7 @@ from demo_data import draw_picture
 from detector import ExportedDetector, canvas_size, to_canvas, to_image
 from devices import seconds_of
 from errors import Offline, UserError, run_script, writing
-from transforms import MEAN, STD
+from transforms import MEAN, STD, allow_large_images
 from weights import first_line
 
 SCORES_WITHIN, BOXES_WITHIN = 1e-3, 0.5  # how far an exported detection may be off: in score, and in pixels
@@ -57,6 +57,7 @@ def parse_arguments():
         help="the graph takes images of any size that is padded to multiples of 32 (of a plain ViT's patch)",
     )
     parser.add_argument("--out", metavar="FILE", help="default: the checkpoint's name with another ending")
+    parser.add_argument("--large-images", action="store_true", help="open images that look like decompression bombs")
     parser.add_argument("--offline", action=Offline)
     return parser.parse_args()
 
@@ -64,6 +65,7 @@ def parse_arguments():
 @torch.no_grad()
 def main():
     arguments = parse_arguments()
+    allow_large_images(arguments.large_images)
     model, postprocess, content = load_detector(arguments.checkpoint, memory_format=torch.contiguous_format)
     if not hasattr(postprocess, "best"):
         raise UserError(

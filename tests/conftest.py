@@ -82,6 +82,17 @@ def write_coco(root, splits, category_ids=(1, 2), size=(64, 48), annotations_fol
     return root
 
 
+def tiny_config(detector, backbone="ecvit-nano", **more):
+    """The settings of a detector that is built and run in a moment."""
+    from settings import DEFAULTS
+
+    sizes = dict(
+        num_classes=3, num_queries=12, hidden_dim=32, num_heads=2, ffn_dim=32, encoder_layers=1, decoder_layers=2
+    )
+    config = dict(detector=detector, size="nano", backbone=backbone, backbone_weights=None, num_denoising=8)
+    return DEFAULTS | config | sizes | more
+
+
 @pytest.fixture(autouse=True)
 def signal_handlers():
     """A run that has ended in this process ignores signals; the next test starts with what was there before."""

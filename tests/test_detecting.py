@@ -7,6 +7,8 @@ import subprocess
 import sys
 from fractions import Fraction
 
+import compare_patches
+import features
 import numpy as np
 import pytest
 import torch
@@ -17,6 +19,9 @@ from test_commands import SMALL, called
 from test_detector import CLASSES, checkpoint, photo, same  # noqa: F401 - checkpoint is a fixture
 from test_video import RedSquares, write_clip
 
+import datasets
+import evaluate
+import export
 import infer
 import plots
 import train
@@ -412,6 +417,12 @@ class Small(Squares):
 
     def __call__(self, image):
         return super().__call__(Image.new("RGB", (8, 8)))
+
+
+@pytest.mark.parametrize("script", [train, infer, evaluate, datasets, export, features, compare_patches])
+def test_every_script_that_opens_images_has_the_option_that_messages_name(script, monkeypatch, capsys):
+    status, out, _ = called(script.main, ["--help"], monkeypatch, capsys)
+    assert not status and "--large-images" in out
 
 
 def test_training_has_the_option_too(tmp_path, monkeypatch, capsys):

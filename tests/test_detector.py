@@ -6,6 +6,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_config
 from PIL import Image
 from test_matrix import tiny_backbones  # noqa: F401 - a fixture
 
@@ -97,21 +98,7 @@ def tiny_family(tmp_path_factory):
 
     def make(family, detector="detr"):
         torch.manual_seed(3)
-        config = DEFAULTS | dict(
-            detector=detector,
-            size="nano",
-            backbone=f"tiny-{family}",
-            backbone_weights="none",
-            num_classes=3,
-            num_queries=20,
-            hidden_dim=32,
-            num_heads=2,
-            ffn_dim=32,
-            encoder_layers=1,
-            decoder_layers=2,
-            num_denoising=8,
-            image_size=100,
-        )
+        config = tiny_config(detector, f"tiny-{family}", backbone_weights="none", num_queries=20, image_size=100)
         model = build_model(config)[0]
         with torch.no_grad():
             for parameter in model.parameters():

@@ -4,6 +4,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_config
 from PIL import Image
 from test_commands import called
 
@@ -14,30 +15,11 @@ from detector import load
 from detr_model import build_model
 from errors import UserError
 from export import furthest
-from settings import DEFAULTS
 
 
 def write_checkpoint(path, detector, **more):
     torch.manual_seed(0)
-    config = (
-        DEFAULTS
-        | dict(
-            detector=detector,
-            size="nano",
-            backbone="ecvit-nano",
-            backbone_weights="none",
-            num_classes=3,
-            num_queries=30,
-            hidden_dim=32,
-            num_heads=2,
-            ffn_dim=32,
-            encoder_layers=1,
-            decoder_layers=2,
-            num_denoising=8,
-            image_size=96,
-        )
-        | more
-    )
+    config = tiny_config(detector, backbone_weights="none", num_queries=30, image_size=96) | more
     model = build_model(config)[0]
     with torch.no_grad():
         for name, parameter in model.named_parameters():  # heads that start at zero would find the same everywhere

@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import tiny_config
 
 import ecvit
 from backbones import BACKBONES, _ecvit
 from detr_model import DETECTORS, build_model
 from errors import UserError
-from settings import DEFAULTS
 
 FAMILIES = {
     "dinov2": "dinov2-small",
@@ -52,20 +52,7 @@ CASES += [(family, detector, "wide") for family in ("dinov2", "convnext") for de
 def test_any_backbone_serves_any_detector(family, detector, size):
     size = SIZES[size]
     torch.manual_seed(0)
-    config = DEFAULTS | dict(
-        detector=detector,
-        size="nano",
-        backbone=f"tiny-{family}",
-        backbone_weights=None,
-        num_classes=3,
-        num_queries=12,
-        hidden_dim=32,
-        num_heads=2,
-        ffn_dim=32,
-        encoder_layers=1,
-        decoder_layers=2,
-        num_denoising=8,
-    )
+    config = tiny_config(detector, f"tiny-{family}")
     images, mask = torch.randn(2, 3, *size), torch.zeros(2, *size, dtype=torch.bool)
     mask[1, :, 50:] = True
     targets = [
@@ -102,22 +89,8 @@ def test_any_backbone_serves_any_detector(family, detector, size):
 def test_any_pyramid_serves_any_detector(detector, pyramid):
     torch.manual_seed(0)
     backbone = "tiny-ecvit" if pyramid == "own" else "tiny-dinov3"  # ECDet wants three maps
-    config = DEFAULTS | dict(
-        detector=detector,
-        size="nano",
-        backbone=backbone,
-        backbone_weights=None,
-        num_classes=3,
-        num_queries=12,
-        hidden_dim=32,
-        num_heads=2,
-        ffn_dim=32,
-        encoder_layers=1,
-        decoder_layers=2,
-        num_denoising=8,
-        pyramid=pyramid,
-        layers=None if pyramid == "own" else "0,1",
-    )
+    layers = None if pyramid == "own" else "0,1"
+    config = tiny_config(detector, backbone, pyramid=pyramid, layers=layers)
     if (detector, pyramid) == ("ecdet", "own"):
         with pytest.raises(
             UserError, match="--pyramid own: this ECDet takes maps at strides 8, 16, 32 of 128 channels"

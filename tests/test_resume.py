@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, interrupted_at, same_weights
+from conftest import ROOT, interrupted_at, same_weights, tiny_config
 from test_commands import called
 from test_matrix import FAMILIES, tiny_backbones  # noqa: F401 - a fixture
 
@@ -306,19 +306,7 @@ def test_nothing_is_said_to_be_saved_that_was_not(tmp_path):
 
 def checkpoint_of(detector, backbone, classes):
     torch.manual_seed(1)
-    config = DEFAULTS | dict(
-        detector=detector,
-        size="nano",
-        backbone=backbone,
-        backbone_weights=None,
-        num_queries=12,
-        hidden_dim=32,
-        num_heads=2,
-        ffn_dim=32,
-        encoder_layers=1,
-        decoder_layers=2,
-        num_denoising=8,
-    )
+    config = tiny_config(detector, backbone)
     model = build_model(config | {"num_classes": len(classes)})[0]
     with torch.no_grad():
         for value in [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())]:

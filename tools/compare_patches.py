@@ -24,7 +24,7 @@ from backbones import build_backbone, find_spec
 from detector import to_image
 from errors import Offline, UserError, run_script, writing
 from plots import pyplot
-from transforms import MEAN, STD
+from transforms import MEAN, STD, allow_large_images
 from weights import with_patch_size
 
 METHODS = {"pinv": "pseudo-inverse", "bicubic": "bicubic", "crop": "none (zeros around)", "new": "newly initialised"}
@@ -136,6 +136,7 @@ def parse_arguments():
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="patches.png", metavar="FILE", help="default: patches.png")
+    parser.add_argument("--large-images", action="store_true", help="open images that look like decompression bombs")
     parser.add_argument("--offline", action=Offline)
     arguments = parser.parse_args()
     if find_spec(arguments.backbone).family in ("ecvit", "convnext"):
@@ -148,6 +149,7 @@ def parse_arguments():
 @torch.no_grad()
 def main():
     arguments = parse_arguments()
+    allow_large_images(arguments.large_images)
     torch.manual_seed(arguments.seed)
     spec = find_spec(arguments.backbone)
     backbone = build_backbone(arguments.backbone, arguments.weights).eval()

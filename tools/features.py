@@ -24,7 +24,7 @@ from checkpoint import load_detector
 from detector import to_image
 from errors import Offline, UserError, run_script, writing
 from plots import heading, tile
-from transforms import MEAN, STD
+from transforms import MEAN, STD, allow_large_images
 
 
 @torch.no_grad()
@@ -124,6 +124,7 @@ def parse_arguments():
     parser.add_argument("--layers", metavar="I,J,..", help="blocks, counted from 0 (default: the last alone)")
     parser.add_argument("--image-size", type=int, default=448, metavar="S", help="shortest side (default 448)")
     parser.add_argument("--out", default="features.png", metavar="FILE", help="default: features.png")
+    parser.add_argument("--large-images", action="store_true", help="open images that look like decompression bombs")
     parser.add_argument("--offline", action=Offline)
     arguments = parser.parse_args()
     if not arguments.backbone and not arguments.checkpoint:
@@ -135,6 +136,7 @@ def parse_arguments():
 
 def main():
     arguments = parse_arguments()
+    allow_large_images(arguments.large_images)
     layers = parse_layers(arguments.layers)
     images = [to_image(path) for path in arguments.images]
     columns = [[heading(image, Path(path).name) for image, path in zip(images, arguments.images)]]

@@ -95,11 +95,12 @@ def tiny_config(detector, backbone="ecvit-nano", **more):
 
 @pytest.fixture(autouse=True)
 def signal_handlers():
-    """A run that has ended in this process ignores signals; the next test starts with what was there before."""
-    numbers = signal.SIGINT, signal.SIGTERM
-    handlers = [signal.getsignal(number) for number in numbers]
+    """Every test starts with Python's handlers: a run that has ended in this process ignores signals, and so does
+    SIGINT whatever a shell runs in the background."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
     yield
-    for number, handler in zip(numbers, handlers):
+    for number, handler in before.items():
         signal.signal(number, handler)
 
 

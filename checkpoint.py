@@ -5,6 +5,7 @@ A checkpoint's dictionary has `format`, `model` (a state dict), `config`, `class
 """
 
 import json
+import math
 import os
 import pickle
 import re
@@ -17,13 +18,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torchvision.models.detection import SSD300_VGG16_Weights
 
+from annotations import read_text
 from backbones import ECVIT_RELEASE
 from detr_model import build_model
 from ecdet_loss import REG_SCALE, UP
 from ecdet_model import SIZES
 from ecvit import fuse
 from errors import UserError, writing
-from layouts import read_text
 from weights import check_keys, download, first_line, load_strictly, say_licence
 
 FORMAT = 1
@@ -174,6 +175,14 @@ def settings_of(config):
     return EARLIER | config
 
 
+def data_of(config, folder):
+    """The dataset that the run in a folder was trained on: as it was given, or as it lies seen from the folder."""
+    data, from_run = config.get("data"), config.get("data_from_run")
+    if data and from_run and not os.path.exists(data) and os.path.exists(os.path.join(folder, from_run)):
+        return os.path.normpath(os.path.join(folder, from_run))
+    return data
+
+
 def check_settings(config, content):
     """Raises ValueError if the classes are inconsistent or a setting is out of range."""
     classes = content["classes"]
@@ -183,6 +192,9 @@ def check_settings(config, content):
     for key, largest in LARGEST.items():
         if config.get(key) is not None and not 1 <= config[key] <= largest:
             raise ValueError(f"{key} is not in 1 .. {largest:,}")
+    low, high = config.get("value_range") or (0, 1)
+    if not -math.inf < low <= high < math.inf:
+        raise ValueError("value_range is not from a number to a larger one")
 
 
 # Fine-tuning: a new model starts from a checkpoint's weights

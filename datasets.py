@@ -90,7 +90,7 @@ class DetectionDataset(torch.utils.data.Dataset):
             return self.cache[index]
         record = self.split.records[index]
         try:
-            image = TF.pil_to_tensor(read_image(record.path, record.upright, self.detail))
+            image = TF.pil_to_tensor(read_image(record.path, record.upright, self.detail, self.split.value_range))
         except Exception as error:  # it could be read when the run began
             raise UserError(f"{record.path}: can't be read any more ({error})") from None
         if image.nbytes <= self.room:
@@ -368,7 +368,7 @@ def draw_sheet(split, count=12):
     places = np.linspace(0, len(split.records) - 1, min(count, len(split.records))).astype(int)
     samples = []
     for record in (split.records[i] for i in places):
-        image = read_image(record.path, record.upright)
+        image = read_image(record.path, record.upright, value_range=split.value_range)
         samples.append(plots.draw_boxes(image, record.boxes, record.labels, split.classes))
     return plots.tile(samples, 4)
 
@@ -379,6 +379,9 @@ def build_parser():
     parser.add_argument("--layout", choices=LAYOUTS, help="default: detected, and printed")
     parser.add_argument("--train-split", metavar="NAME", help="the split to train on, e.g. trainval")
     parser.add_argument("--val-split", metavar="NAME", help="the split to evaluate on, e.g. test")
+    parser.add_argument(
+        "--val-fraction", type=float, metavar="X", help="fraction to evaluate on, if there is one part only (0.2)"
+    )
     parser.add_argument("--skip-bad-images", action="store_true", help="leave out images that can't be read")
     parser.add_argument(
         "--allow-outside", action="store_true", help="files may lie outside of DIR, through links or absolute paths"
@@ -399,13 +402,9 @@ def main():
         arguments.val_split,
         arguments.skip_bad_images,
         arguments.layout,
+        arguments.val_fraction,
         allow_outside=arguments.allow_outside,
     )
-    if train.layout == "json" and (arguments.train_split or arguments.val_split):
-        raise UserError(
-            f"{arguments.data} is a single COCO file, which has no splits to choose; "
-            "leave out --train-split and --val-split"
-        )
     for line in [*describe(train), *describe(val)]:
         print(line)
     problems = find_problems(train, val)

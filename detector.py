@@ -68,7 +68,7 @@ class Detector:
         self.model, self.postprocess, self.content = model, postprocess, content
         self.classes, self.category_ids = content["classes"], content["category_ids"]
         self.device, self.precision, self.threshold = device, precision, threshold
-        self.autocast = autocast(precision, device)
+        self.autocast, self.value_range = autocast(precision, device), config.get("value_range")
         self.tile = image_size if tile == 0 else tile
         self.transform = eval_transforms(image_size, config.get("square", False), config["exact_sides"])
 
@@ -82,7 +82,7 @@ class Detector:
         detect = partial(self.detect_above, self.threshold if threshold is None else threshold)
         results = []
         for start in range(0, len(sources), batch_size):
-            images = [to_image(source) for source in sources[start : start + batch_size]]
+            images = [self.open(source) for source in sources[start : start + batch_size]]
             if self.tile is None:
                 results += detect(images)
             else:
@@ -90,6 +90,10 @@ class Detector:
         for detections in results:
             detections["names"] = [self.classes[label] for label in detections["labels"]]
         return results
+
+    def open(self, source):
+        """A path, PIL image or array -> RGB PIL image, its values scaled as in training. Raises UserError."""
+        return to_image(source, self.value_range)
 
     def detect_above(self, threshold, images):
         """`detect` without the detections whose score is below the threshold."""
@@ -138,20 +142,21 @@ class Detector:
             return api.upload_folder(repo_id=repository, folder_path=folder, **options)
 
 
-def to_image(source):
+def to_image(source, value_range=None):
     """A path, PIL image, array or tensor -> RGB PIL image. Raises UserError.
 
     The same pixels give the same image however they come, see transforms.read_image. Arrays are (H, W) grey, (H, W, 2)
-    with alpha, (H, W, 3) RGB or (H, W, 4) RGBA, of uint8 or uint16; (H, W) may also be bool or int32.
+    with alpha, (H, W, 3) RGB or (H, W, 4) RGBA, of uint8 or uint16; (H, W) may also be bool, int32 or float32.
+    value_range: see transforms.common_range.
     """
     if isinstance(source, (str, Path)):
         try:
-            return read_image(source)
+            return read_image(source, value_range=value_range)
         except Exception as error:  # PIL raises exceptions of many types for broken files
             raise UserError(f"{source}: can't be read ({error})") from None
     image = source if isinstance(source, Image.Image) else array_to_image(source)
     try:
-        return to_rgb(image)
+        return to_rgb(image, value_range=value_range)
     except Exception as error:  # an image whose file is read only now
         raise UserError(f"a PIL image of mode {image.mode} can't be read ({error})") from None
 
@@ -164,7 +169,7 @@ def array_to_image(array):
         given = type(array).__name__
     elif 0 in array.shape:
         given = f"one without pixels, of shape {array.shape}"
-    elif array.ndim == 2 and array.dtype in (bool, np.uint8, np.uint16, np.int32):
+    elif array.ndim == 2 and array.dtype in (bool, np.uint8, np.uint16, np.int32, np.float32):
         return Image.fromarray(array)
     elif has_channels_last(array) and array.dtype in (np.uint8, np.uint16):
         if array.dtype == np.uint16:
@@ -304,6 +309,7 @@ class ExportedDetector(Detector):
         self.about = about | ({"image_size": image_size} if image_size else {})
         self.classes, self.category_ids = about["classes"], about["category_ids"]
         self.device, self.threshold = torch.device("cpu"), threshold
+        self.value_range = about.get("value_range")
         self.tile = (image_size or min(height, width)) if tile == 0 else tile
 
     def detect(self, images):

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 from torchvision.ops import batched_nms, box_iou
 
 import plots
-from checkpoint import load_detector
+from checkpoint import data_of, load_detector
 from datasets import DetectionDataset, collate, evaluation_batches
 from devices import PRECISIONS, autocast, choose_device, choose_precision
 from distributed import all_gather, broadcast, is_main_process, start_worker
@@ -360,11 +360,11 @@ def draw_report(split, found, curves, folder):
 
     def load(index):
         record = split.records[index]
-        return read_image(record.path, record.upright)
+        return read_image(record.path, record.upright, value_range=split.value_range)
 
     names = ["precision_recall.png", "confusion.png"]
     cases = find_cases(split, found)
-    plots.draw_precision_recall(curves, folder / "precision_recall.png")
+    plots.draw_precision_recall(curves, split.classes, folder / "precision_recall.png")
     plots.draw_confusion(confusion(cases, len(split.classes)), split.classes, folder / "confusion.png")
     mistakes = worst(cases)
     if mistakes:
@@ -456,7 +456,7 @@ def build_parser():
 def load_split(arguments, content):
     """The Split to evaluate a checkpoint's content on: that of --data, or of the run. Raises UserError."""
     config = content["config"]
-    data = arguments.data or config.get("data")
+    data = arguments.data or data_of(config, Path(arguments.checkpoint).parent)
     if data is None:
         raise UserError(f"{arguments.checkpoint} does not say what data it was trained with; give --data DIR")
     of_run = {} if arguments.data else config  # these settings of the run say nothing about other data
@@ -471,10 +471,9 @@ def load_split(arguments, content):
         arguments.allow_outside or of_run.get("allow_outside", False),
         only_val=True,
     )
-    if split.layout == "json" and (arguments.val_split or arguments.train_split):
-        raise UserError(f"--val-split, --train-split: {data} is a single COCO file; it is split as it was for training")
     if split.classes != content["classes"]:
         raise UserError(f"the data's classes {split.classes[:5]} are not the checkpoint's {content['classes'][:5]}")
+    split.value_range = config.get("value_range")
     return split
 
 

@@ -74,7 +74,8 @@ def main():
         )
     suffix, trace, save = FORMATS[arguments.format]
     out = Path(arguments.out or Path(arguments.checkpoint).with_suffix(suffix))
-    image = to_image(arguments.image or draw_picture(np.random.default_rng(0))[0])
+    source = arguments.image or draw_picture(np.random.default_rng(0))[0]
+    image = to_image(source, content["config"].get("value_range"))
     divisor = model.backbone.size_divisor
     height, width = arguments.image_size or canvas_size(image, content["config"], divisor)
     if height % divisor or width % divisor or min(height, width) < 1:
@@ -112,6 +113,7 @@ def metadata_of(content, height, width, divisor):
         "height": height,
         "width": width,
         "square": config.get("square", False),
+        "value_range": config.get("value_range"),
         "divisor": divisor,
         "image_size": config["image_size"],
     }

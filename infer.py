@@ -28,9 +28,8 @@ os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what Apple's GPUs c
 from detector import load
 from devices import PRECISIONS
 from errors import Offline, UserError, run_script, writing
-from layouts import IMAGE_SUFFIXES
 from plots import draw_boxes
-from transforms import allow_large_images, read_image
+from transforms import IMAGE_SUFFIXES, allow_large_images, read_image
 
 VIDEO_SUFFIXES = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts"}
 FRAMES_ON_GPU = 8  # of a video that share a batch
@@ -124,9 +123,12 @@ def find_files(arguments):
         path = Path(argument)
         if path.is_dir():
             suffixes = IMAGE_SUFFIXES | VIDEO_SUFFIXES
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in suffixes)
+            files = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
+            inside = [p for p in files if p.suffix.lower() in suffixes]
             if not inside:
                 raise UserError(f"{path}: no images or videos in this folder ({', '.join(sorted(suffixes))})")
+            if len(inside) < len(files):
+                print(f"{path}: {len(files) - len(inside)} of {len(files)} files are neither images nor videos")
             paths += inside
         elif path.is_file() or argument.isdigit():
             paths.append(path)
@@ -169,7 +171,7 @@ def detect_in_files(paths, names, detector, out):
 
 def detect_in_image(path, name, out, detector, results):
     """Writes the rows of an image to `results` and its drawing to `out` -> seconds that detection took."""
-    image = read_image(path)
+    image = read_image(path, value_range=detector.value_range)
     started = time.time()
     found = detector(image)
     seconds = time.time() - started

@@ -1,33 +1,43 @@
 """Reads datasets of any common layout into one form, a `Split` of `Record`s, and checks every image and box.
 
-Layouts: COCO, Roboflow's COCO, Pascal VOC (a devkit, several years of it, or folders of images and XML), YOLO, and a
-single COCO file that is split here. They are detected, see LAYOUTS. The files are not trusted.
+Layouts: COCO, Pascal VOC and YOLO, as their authors, the tools that export them, and hands leave them; see LAYOUTS. A
+`Folder` lists all files once. The annotations are found in it, read by annotations.py, and matched with their images.
 """
 
-import json
 import math
 import os
+import re
 import threading
-import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from operator import methodcaller
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import yaml
 from tqdm import tqdm
 
+from annotations import (
+    MALFORMED,
+    MOST_CLASSES,
+    read_coco_json,
+    read_darknet_data,
+    read_lines,
+    read_voc_file,
+    read_yolo_labels,
+    read_yolo_yaml,
+    require_inside,
+    require_string,
+)
 from errors import UserError
-from transforms import open_image, upright_size
+from folder import MOST_LOOKED_INTO, Folder, count_paths, depth, listing, parts_of
+from transforms import CLOSED_SUFFIXES, IMAGE_SUFFIXES, common_range, extremes, open_image, upright_size
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
-VAL_FRACTION = 0.2  # of a single COCO file's images
-# What parsing raises where the content has an unexpected form
-MALFORMED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+VAL_FRACTION = 0.2  # of a dataset that has one part only
+BACKGROUND = "images have no annotation file and are taken as background"
+NO_IMAGE = "annotation files have no image and are left out"
 
 
 @dataclass
@@ -60,8 +70,9 @@ class Split:
     category_ids: list[int]
     records: list[Record]
     remarks: list[str] = field(default_factory=list)
-    layout: str = ""  # see LAYOUTS
     umbrella: int | None = None  # the label of a class that may stand for all others, see leave_out_umbrella
+    is_fraction: bool = False  # the dataset has one part only, and this is a fraction of it, see divide
+    value_range: tuple | None = None  # of images with more than 8 bits, see transforms.common_range
 
     @property
     def most_objects(self):
@@ -92,53 +103,85 @@ def load_splits(
         data.yaml for YOLO, part of the name of the JSON or of its folder otherwise.
     skip_bad_images: leave out images that can't be read.
     layout: a key of LAYOUTS; None detects it.
-    val_fraction: of a single COCO file's images, chosen with a fixed seed; None is VAL_FRACTION.
+    val_fraction: of the images of a dataset with one part only, chosen with a fixed seed; None is VAL_FRACTION.
     allow_outside: files may lie outside of the folder, through links, `..` or absolute paths.
     only_val: no training image is opened; the training annotations only give the classes.
 
-    Prints the layout.
+    Prints the layout and what belongs to no split.
     """
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; --data takes the folder of a dataset")
-    home = None if allow_outside else root
+    folder = Folder(root, None if allow_outside else root)
     is_detected = layout is None
-    layout = layout or detect_layout(root)
-    if layout == "json":
-        splits = read_single(root, home, VAL_FRACTION if val_fraction is None else val_fraction)
-    else:
-        splits = LAYOUTS[layout].read(root, home, train_split, val_split)
-    for split in splits:
-        split.layout = layout
+    layout = FORMER_NAMES.get(layout, layout) or detect_layout(folder)
+    splits = LAYOUTS[layout](folder, train_split, val_split)
+    if len(splits) == 1 and val_split:
+        raise UserError(f"{root}: one part has all images; leave out --val-split {val_split}, or use --val-fraction")
+    if len(splits) == 1:
+        splits = divide(splits[0], VAL_FRACTION if val_fraction is None else val_fraction, root)
+    leftover = leftovers(folder, splits)
     for split in splits[1:] if only_val else splits:
         if not split.records:
             raise UserError(f"{root}: the split '{split.name}' has no images")
-        require_inside(home, [record.path for record in split.records])
+        require_inside(folder.home, [record.path for record in split.records])
         check(split, skip_bad_images)
-    train = splits[0]
-    if not only_val and not any(len(r.boxes) for r in train.records):
-        raise UserError(f"{root}: the training split '{train.name}' has {len(train.records)} images but no box")
+    train, val = splits
+    if train.value_range:
+        low, high = val.value_range = train.value_range
+        train.remarks.append(f"values of images with more than 8 bits: {low:g} becomes black, {high:g} white")
+    boxes = sum(len(r.boxes) for r in train.records)
+    if not only_val and not train.most_objects:
+        what = f"and {boxes} boxes, all of them crowds or difficult: nothing to learn" if boxes else "but no box"
+        reasons = f" ({'; '.join(train.remarks)})" if train.remarks else ""
+        raise UserError(f"{root}: the training split '{train.name}' has {len(train.records)} images {what}{reasons}")
+    if not val.most_objects:
+        raise UserError(f"{root}: the split '{val.name}' has {len(val.records)} images but no box to evaluate on")
     print(f"{root}: {layout} layout{' (detected; --layout overrides it)' if is_detected else ''}")
+    for line in leftover:
+        print(f"{root}: {line}")
     return splits
 
 
-def detect_layout(root):
-    """The first key of LAYOUTS whose signs a folder has. Raises UserError with the signs and the folder's content."""
-    for name, layout in LAYOUTS.items():
-        if layout.matches(root):
-            return name
-    signs = "; ".join(f"{name}: {layout.signs}" for name, layout in LAYOUTS.items())
-    raise UserError(f"{root}: unknown layout. Looked for {signs}. Found: {listing(root)}")
+def divide(whole, val_fraction, root):
+    """The one Split of a dataset -> [Split, Split], val_fraction of its images in the second. Raises UserError."""
+    total = len(whole.records)
+    val_count = round(val_fraction * total)
+    if not 0 < val_count < total:
+        raise UserError(f"{root}: --val-fraction {val_fraction} of {total} images leaves a split without any")
+    order = np.random.default_rng(0).permutation(total)  # a fixed seed: every run gets the same split
+    remark = (
+        f"{whole.name} is split with a fixed seed: {total - val_count} images to train on, {val_count} to evaluate on "
+        "(--val-fraction)"
+    )
+    train = subset(whole, "train", order[val_count:], [*whole.remarks, remark])
+    return [train, subset(whole, "val", order[:val_count], [])]
 
 
-# Finding the files of a split
+def subset(split, name, indices, remarks):
+    """The records of a Split at some indices, in their order in it -> Split."""
+    records = [split.records[i] for i in sorted(indices)]
+    return Split(name, split.classes, split.category_ids, records, remarks, is_fraction=True)
 
 
-def listing(folder):
-    """The first names in a folder, for messages."""
-    names = sorted(p.name + ("/" if p.is_dir() else "") for p in folder.iterdir())
-    more = f" and {len(names) - 12} more" if len(names) > 12 else ""
-    return ", ".join(names[:12]) + more or "nothing"
+def leftovers(folder, splits):
+    """Lines about images that no Split has or both have, and files found elsewhere than the annotations say."""
+    in_train, in_val = ({str(record.path) for record in split.records} for split in splits)
+    used = in_train | in_val
+    unused = [place.file for place in folder.places(IMAGE_SUFFIXES) if str(Path(place.file)) not in used]
+    unused = [os.path.relpath(file, folder.root) for file in unused]
+    moved = [f"{text[:100]!r} is {os.path.relpath(file, folder.root)}" for text, file in folder.moved]
+    closed = [os.path.relpath(place.file, folder.root) for place in folder.places(CLOSED_SUFFIXES)]
+    is_heif = any(path.lower().endswith((".heic", ".heif")) for path in closed)
+    return [
+        *count_paths(unused, "images belong to neither split"),
+        *count_paths(sorted(in_train & in_val), "images are in both splits, so that AP will be too high"),
+        *count_paths(closed, "images have a format that isn't opened" + is_heif * " (pip install pillow-heif)"),
+        *count_paths(moved, "files found by the end of their paths"),
+    ]
+
+
+# Splits
 
 
 def split_names(train, val, val_names=("val", "test")):
@@ -146,128 +189,120 @@ def split_names(train, val, val_names=("val", "test")):
     return [train or "train"], [val] if val else list(val_names)
 
 
-def split_folders(root, train=None, val=None):
-    """-> the folders of the training and of the validation split, None for one that is missing."""
-    folders = sorted(p for p in root.iterdir() if p.is_dir())
-    return tuple(find_by_prefix(folders, words) for words in split_names(train, val))
+def split_folders(folder, train=None, val=None):
+    """-> the names of the training and of the validation split's folder; None for one that is missing.
+
+    A name begins with the split's; below the dataset's folder it has to be that of a split otherwise, see PART.
+    """
+    places = sorted((place for place in folder.places({""}) if place.stem.endswith("/")), key=depth)
+    names = [p.stem[:-1] for p in places if not p.folders or train or val or parts_of([p.stem])]
+    return tuple(
+        next((name for word in words for name in names if name.lower().startswith(word.lower())), None)
+        for words in split_names(train, val)
+    )
 
 
-def find_by_prefix(folders, prefixes):
-    """The first folder whose name begins with one of the prefixes; earlier prefixes win. None if there is none."""
-    for prefix in prefixes:
-        for folder in folders:
-            if folder.name.lower().startswith(prefix):
-                return folder
-    return None
+def images_of_splits(folder, annotations, train, val):
+    """{image Place: Place of its annotation} -> [(split name, [image path])] by the names of their folders, or one
+    with all. Raises UserError.
+
+    An image without an annotation counts if another one in its folder has one.
+    """
+    used = {image.folders for image in annotations}
+    images = [image for image in folder.places(IMAGE_SUFFIXES) if image.folders in used]
+    if not images:
+        raise UserError(
+            f"{folder.root}: no image has the name of an annotation file; if they lie outside, behind links, "
+            f"add --allow-outside. Found: {listing(folder.root)}"
+        )
+    names, sources = split_folders(folder, train, val), []
+    if names == (None, None) and not train and not val:
+        return [(folder.root.name, [Path(image.file) for image in images])]
+    for name, word in zip(names, (train or "train", val or "val")):
+        own = [i for i in images if name in i.folders or i in annotations and name in annotations[i].folders]
+        if own:
+            sources.append((name, [Path(image.file) for image in own]))
+        elif val or not sources:
+            raise UserError(f"{folder.root}: no folder for '{word}'; found: {listing(folder.root)}")
+    return sources
 
 
-def find_images(folder):
-    """{stem: path} of the images in a folder, empty if there is no such folder."""
-    if not folder.is_dir():
-        return {}
-    return {p.stem: p for p in sorted(folder.iterdir()) if is_image(p)}
+def build_splits(folder, sources, read, classes_of, is_relative=False):
+    """[(split name, [(image path, annotation path or None)])] -> [Split]. Raises UserError.
 
-
-def is_image(path):
-    return path.suffix.lower() in IMAGE_SUFFIXES
-
-
-# Opening files without trust: a broken or hostile one costs a message and nothing else
-
-
-def read_bytes(path):
-    """The content of a regular file; pipes and devices could block for ever. Raises UserError."""
-    try:
-        if path.exists() and not path.is_file():
-            raise UserError(f"{path}: not a regular file")
-        return path.read_bytes()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: can't be read ({getattr(error, 'strerror', None) or error})") from None
-
-
-def read_text(path):
-    """A text file in UTF-8, or in UTF-16 with its byte order mark -> str, lines ended by \\n. Raises UserError."""
-    content = read_bytes(path)
-    try:
-        text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: byte {error.start} is not UTF-8; save it in that encoding") from None
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def require_inside(home, paths):
-    """Raises UserError if a path, links followed, lies outside of the folder home; with home None all may."""
-    if home is None:
-        return
-    home = os.path.realpath(home)
-    real_parents = {}  # each folder is resolved once, as a large dataset has many files in few folders
-    for path in paths:
-        try:
-            if path.parent not in real_parents:
-                real_parents[path.parent] = os.path.realpath(path.parent)
-            if path.name == ".." or path.is_symlink():
-                real = os.path.realpath(path)
-            else:
-                real = os.path.join(real_parents[path.parent], path.name)
-            is_outside = os.path.commonpath([home, real]) != home
-        except (OSError, ValueError) as error:
-            raise UserError(f"{home}: {str(path)[:200]!r} is not a valid path ({error})") from None
-        if is_outside:
-            raise UserError(
-                f"{path}: lies outside of {home}, in {os.path.dirname(real)}; if that is intended, add --allow-outside"
-            )
+    read: annotation path -> (width, height), rows as for make_record, with anything for a label. classes_of: the set of
+    these -> the labels of the classes, in order. is_relative: boxes are fractions of their image's sides.
+    """
+    require_inside(folder.home, [path for _, pairs in sources for pair in pairs for path in pair if path])
+    files = [[read(path) if path else ((0, 0), []) for _, path in pairs] for _, pairs in sources]
+    classes = classes_of({row[4] for split in files for _, rows in split for row in rows})
+    labels = {name: label for label, name in enumerate(classes)}
+    splits = []
+    for (name, pairs), split_files in zip(sources, files):
+        records = []
+        for (image, _), (size, rows) in zip(pairs, split_files):
+            rows = [(*box, labels[row_class], area, ignored) for *box, row_class, area, ignored in rows]
+            records.append(make_record(image.stem, image, size, rows))
+            records[-1].relative = is_relative
+        remarks = count_paths([image for image, path in pairs if path is None], BACKGROUND)
+        splits.append(Split(name, [str(c) for c in classes], list(range(len(classes))), records, remarks))
+    return splits
 
 
 # COCO
 
 ROBOFLOW_FILE = "_annotations.coco.json"
 OTHER_TASKS = ("captions", "person_keypoints", "image_info", "stuff", "panoptic")  # COCO's files without boxes
+COCO_KEYS = (b'"images"', b'"annotations"', b'"categories"')
 
 
-def coco_files(root):
-    """The JSON files for detection in annotations/, or else those in the folders of the splits."""
-    annotations = root / "annotations"
-    files = sorted(annotations.glob("*.json")) if annotations.is_dir() else []
-    if not files:
-        files = sorted(path for folder in root.iterdir() if folder.is_dir() for path in folder.glob("*.json"))
-    return [path for path in files if not path.name.startswith(OTHER_TASKS)]
+def coco_files(folder):
+    """The COCO files for detection, anywhere; one that is broken counts if its name or place tells what it is."""
+    places = [place for place in folder.places({".json"}) if not place.stem.startswith(OTHER_TASKS)]
+    places = sorted(places, key=depth)[:MOST_LOOKED_INTO]
+    sound = [place for place in places if folder.mentions(place, COCO_KEYS)]
+    named = [place for place in places if parts_of([*place.folders[-1:], place.stem])]
+    if sound:
+        return [place for place in places if place in sound or place in named]
+    return [place for place in named if place.folders[-1:] == ("annotations",) or place.stem + ".json" == ROBOFLOW_FILE]
 
 
-def coco_words(path):
+def coco_words(place):
     """The part of a COCO file's path that tells its split."""
-    return f"{path.parent.name}/{path.stem}".lower()
+    return "/".join([*place.folders[-1:], place.stem]).lower()
 
 
-def has_coco_files(root):
-    return any("train" in coco_words(path) for path in coco_files(root))
-
-
-def has_roboflow_files(root):
-    return any(root.glob(f"*/{ROBOFLOW_FILE}"))
-
-
-def read_coco(root, home, train=None, val=None):
-    """annotations/*.json, or a folder for each split with its JSON inside -> [Split, Split]. Raises UserError."""
-    files = coco_files(root)
-    splits = [read_coco_file(choose_coco_file(root, files, words), root, home) for words in split_names(train, val)]
+def read_coco(folder, train=None, val=None):
+    """A COCO file for each split -> [Split, Split], or one for all images -> [Split]. Raises UserError."""
+    files, (train_words, val_words) = coco_files(folder), split_names(train, val)
+    if len(files) == 1 and not train:
+        splits = [read_coco_file(files[0], folder)]
+        leave_out_umbrella(splits)
+        return splits
+    first = choose_coco_file(folder, files, train_words)
+    second = choose_coco_file(folder, files if val else [place for place in files if place != first], val_words)
+    word = next(word for word in val_words if word.lower() in coco_words(second))
+    splits = [read_coco_file(first, folder, train_words[0]), read_coco_file(second, folder, word)]
     leave_out_umbrella(splits)
-    share_categories(root, *splits)
+    share_categories(folder.root, *splits)
     return splits
 
 
-def choose_coco_file(root, files, words):
+def choose_coco_file(folder, files, words):
     """The file with one of the words in its name or in its folder's; earlier words win. Raises UserError."""
     matches = []
     for word in words:
-        matches = matches or [path for path in files if word in coco_words(path)]
+        matches = matches or [place for place in files if word.lower() in coco_words(place)]
     if not matches:
         raise UserError(
-            f"{root}: no annotations for '{words[0]}'. Looked for annotations/*{words[0]}*.json, or a folder "
-            f"{words[0]}*/ with a JSON inside. Found: {listing(root)}"
+            f"{folder.root}: no annotations for '{words[0]}'. Looked for a COCO *.json with {words[0]} in its name or "
+            f"in its folder's; --train-split and --val-split take other words. Found: {listing(folder.root)}"
         )
     if len(matches) > 1:
-        names = ", ".join(str(path.relative_to(root)) for path in matches)
-        raise UserError(f"{root}: {names} could all be '{words[0]}'; choose with --train-split and --val-split")
+        matches = [place for place in matches if folder.mentions(place, COCO_KEYS)] or matches
+    if len(matches) > 1:
+        names = ", ".join(os.path.relpath(place.file, folder.root) for place in matches)
+        raise UserError(f"{folder.root}: {names} could all be '{words[0]}'; choose with --train-split and --val-split")
     return matches[0]
 
 
@@ -310,359 +345,279 @@ def find_umbrella(path, data, categories):
     return 0 if supercategories == {first_name} else None
 
 
-def require_id(value):
-    """An id of a COCO file: an integer or a string."""
-    if isinstance(value, bool) or not isinstance(value, (int, str)):
-        raise TypeError(f"{str(value)[:40]!r} is not an id")
-    return value
-
-
-def require_string(value):
-    if not isinstance(value, str):
-        raise TypeError(f"{str(value)[:40]!r} is not a string")
-    return value
-
-
-def read_coco_file(path, root, home):
-    """A COCO annotation file -> Split; its images are looked for near the file and in root. Raises UserError."""
-    require_inside(home, [path])
-    try:
-        data = json.loads(read_text(path))
-        categories = sorted((require_id(c["id"]), require_string(c["name"])) for c in data["categories"])
-        images = {require_id(image["id"]): image for image in data["images"]}
-        annotations = list(data.get("annotations") or [])
-    except MALFORMED as error:
-        raise UserError(f"{path}: not a COCO annotation file ({type(error).__name__}: {error})") from None
-    if not categories:
-        raise UserError(f"{path}: no categories")
-    labels = {category_id: label for label, (category_id, _) in enumerate(categories)}
-    if len(labels) < len(categories) or len(images) < len(data["images"]):
-        raise UserError(f"{path}: an id is used twice in categories or images")
-    rows = coco_rows(path, annotations, images, labels)
-    name, folders = coco_folders(path, root)
-    records = [coco_record(path, image_id, image, folders, rows[image_id]) for image_id, image in images.items()]
-    category_ids, names = (list(column) for column in zip(*categories))
-    return Split(name, names, category_ids, records, umbrella=find_umbrella(path, data, categories))
-
-
-def coco_rows(path, annotations, images, labels):
-    """-> {image id: rows as for make_record}; labels: {category id: label}. Raises UserError."""
-    rows = {image_id: [] for image_id in images}
-    for number, annotation in enumerate(annotations):
+def read_coco_file(place, folder, word=""):
+    """A COCO annotation file, chosen by a word -> Split. Raises UserError."""
+    path = Path(place.file)
+    require_inside(folder.home, [path])
+    data, images, categories, rows = read_coco_json(path)
+    stem = place.stem.removeprefix("instances_")
+    has_own_folder = place.folders[-1:] not in ((), ("annotations",))
+    is_named_by_folder = has_own_folder and (parts_of(place.folders[-1:]) or not parts_of([stem]))
+    name = place.folders[-1] if is_named_by_folder else stem
+    folders = [folder.root / name, path.parent / "images", path.parent, folder.root / stem]
+    records = []
+    for image_id, image in images.items():
         try:
-            x, y, w, h = (float(n) for n in annotation["bbox"])
-            label = labels[annotation["category_id"]]
-            area = float(annotation.get("area") or w * h)
-            is_crowd = bool(annotation.get("iscrowd"))
-            rows[annotation["image_id"]].append((x, y, x + w, y + h, label, area, is_crowd))
+            text = require_string(image["file_name"])
+            size = (int(image.get("width") or 0), int(image.get("height") or 0))
         except MALFORMED as error:
-            which = annotation.get("id", number) if isinstance(annotation, dict) else f"number {number}"
             raise UserError(
-                f"{path}: annotation {which}: {type(error).__name__} {error}; bbox, category_id or image_id is wrong"
+                f"{path}: image {image_id}: {type(error).__name__} {error}; "
+                "file_name, width or height is missing or wrong"
             ) from None
-    return rows
-
-
-def coco_folders(path, root):
-    """-> the name of a COCO file's split, and the folders in which its images may be."""
-    stem = path.stem.removeprefix("instances_")
-    name = stem if path.parent.name == "annotations" else path.parent.name
-    candidates = [root / name, path.parent / "images", path.parent, root / stem, root / "images", root]
-    return name, [folder for folder in dict.fromkeys(candidates) if folder.is_dir()]
-
-
-def coco_record(path, image_id, image, folders, rows):
-    """An entry of a COCO file's images -> Record. Raises UserError."""
-    try:
-        candidates = [folder / require_string(image["file_name"]) for folder in folders]
-        size = (int(image.get("width") or 0), int(image.get("height") or 0))
-    except MALFORMED as error:
-        raise UserError(
-            f"{path}: image {image_id}: {type(error).__name__} {error}; file_name, width or height is missing or wrong"
-        ) from None
-    file = next((c for c in candidates if os.path.exists(c)), candidates[0])
-    return make_record(image_id, file, size, rows)
-
-
-def single_files(root):
-    return sorted([*root.glob("*.json"), *(root / "annotations").glob("*.json")])
-
-
-def has_single_file(root):
-    return len(single_files(root)) == 1
-
-
-def read_single(root, home, val_fraction):
-    """One COCO file for all images -> [Split, Split], val_fraction of them in the second. Raises UserError."""
-    files = single_files(root)
-    if len(files) != 1:
-        raise UserError(f"{root}: {len(files)} JSON files; the layout json has exactly one. Found: {listing(root)}")
-    whole = read_coco_file(files[0], root, home)
-    leave_out_umbrella([whole])
-    total = len(whole.records)
-    val_count = round(val_fraction * total)
-    if not 0 < val_count < total:
-        raise UserError(f"{files[0]}: --val-fraction {val_fraction} of {total} images leaves a split without any")
-    order = np.random.default_rng(0).permutation(total)  # a fixed seed: every run gets the same split
-    remark = (
-        f"{files[0].name} is split with a fixed seed: "
-        f"{total - val_count} images to train on, {val_count} to evaluate on"
-    )
-    train = subset(whole, "train", order[val_count:], [*whole.remarks, remark])
-    return [train, subset(whole, "val", order[:val_count], [])]
-
-
-def subset(split, name, indices, remarks):
-    """The records of a Split at some indices, in their order in it -> Split."""
-    return Split(name, split.classes, split.category_ids, [split.records[i] for i in sorted(indices)], remarks)
+        file = folder.locate(text, folders, near=place.folders, parts=parts_of([word]), split=name)
+        records.append(make_record(image_id, file, size, rows[str(image_id)]))
+    category_ids, names = (list(column) for column in zip(*categories))
+    unlisted = len(rows.get(None, ()))
+    remarks = [f"{unlisted} annotations are of images that are not listed, and left out"] if unlisted else []
+    return Split(name, names, category_ids, records, remarks, find_umbrella(path, data, categories))
 
 
 # Pascal VOC
 
-
-def voc_devkits(root):
-    """The folders with ImageSets/Main: root itself, or those of years as VOC2007, in root or in its VOCdevkit/."""
-    if (root / "ImageSets" / "Main").is_dir():
-        return [root]
-    devkits = []
-    for folder in (root, root / "VOCdevkit"):
-        if folder.is_dir():
-            devkits += [p for p in sorted(folder.iterdir()) if (p / "ImageSets" / "Main").is_dir()]
-    return devkits
+# A line of a list may hold a folder and a suffix; ImageSets of a class say whether it is there
+VOC_LINE = re.compile(
+    rf"(?:.*[/\\])?(.*?)(?:{'|'.join(map(re.escape, IMAGE_SUFFIXES))})?(?:\s{{1,8}}(?:-1|0|1))?", re.I
+)
 
 
-def read_voc(root, home, train=None, val=None):
-    """One devkit or several years -> [Split, Split]: trainval and test if both are there, else train and val."""
-    devkits = voc_devkits(root)
-    names = {p.stem for devkit in devkits for p in (devkit / "ImageSets" / "Main").glob("*.txt")}
-    if train is None:
-        train = "trainval" if {"trainval", "test"} <= names else "train"
-    if val is None:
-        val = "test" if train == "trainval" else "val"
-    sources = []
-    for name in (train, val):
-        if name not in names:
-            raise UserError(
-                f"{root}/ImageSets/Main/{name}.txt is missing; there are: {', '.join(sorted(names)) or 'no lists'}"
-            )
-        sources.append((name, [entry for devkit in devkits for entry in voc_entries(devkit, name, home)]))
-    return read_xml_splits(sources, home)
+def voc_devkits(folder):
+    """The folders with ImageSets/Main that are nearest to the top, such as VOC2007 and VOC2012."""
+    devkits = [place.folders[:-1] for place in folder.by_stem.get("Main/", ()) if place.folders[-1:] == ("ImageSets",)]
+    top = min(map(len, devkits), default=0)
+    return [folder.root.joinpath(*folders) for folders in sorted(devkits) if len(folders) == top]
 
 
-def voc_entries(devkit, name, home):
-    """The images of a split in one devkit -> [(image id, image path, XML path)], empty without a list of that name."""
-    path = devkit / "ImageSets" / "Main" / f"{name}.txt"
-    require_inside(home, [path])
-    lines = read_text(path).splitlines() if path.exists() else []
-    stems = [line.split()[0] for line in lines if line.strip()]
-    folder = devkit / "JPEGImages"
-    images = find_images(folder)
-    return [(s, images.get(s, folder / f"{s}.jpg"), devkit / "Annotations" / f"{s}.xml") for s in stems]
-
-
-def xml_folder(folder):
-    """Where the XML files of a split's folder are: next to its images or in a folder next to theirs; None: nowhere."""
-    for candidate in (folder / "labels", folder / "annotations", folder / "Annotations", folder):
-        if any(candidate.glob("*.xml")):
-            return candidate
-    return None
-
-
-def has_xml_folders(root):
-    train, _ = split_folders(root)
-    return train is not None and xml_folder(train) is not None
-
-
-def read_voc_folders(root, home, train=None, val=None):
-    """train/images and train/labels, or both in train/, with an XML for each image; val and test likewise
-    -> [Split, Split]. Raises UserError."""
-    sources = []
-    for folder, name in zip(split_folders(root, train, val), (train or "train", val or "val")):
-        if folder is None:
-            raise UserError(f"{root}: no folder for '{name}'; found: {listing(root)}")
-        labels = xml_folder(folder) or folder
-        images = find_images(folder / "images") or find_images(folder)
-        sources.append((folder.name, [(stem, path, labels / f"{stem}.xml") for stem, path in images.items()]))
-    return read_xml_splits(sources, home)
-
-
-def read_xml_splits(sources, home):
-    """[(split name, [(image id, image path, XML path)])] -> [Split] with the classes of all, in alphabetical order."""
-    require_inside(home, [xml for _, entries in sources for _, _, xml in entries])
-    annotations = [[read_voc_file(xml) for _, _, xml in entries] for _, entries in sources]
-    classes = sorted({row[4] for split in annotations for _, rows in split for row in rows})
-    labels = {name: label for label, name in enumerate(classes)}
-    splits = []
-    for (split_name, entries), files in zip(sources, annotations):
-        records = []
-        for (image_id, path, _), (size, rows) in zip(entries, files):
-            rows = [(*box, labels[name], area, difficult) for *box, name, area, difficult in rows]
-            records.append(make_record(image_id, path, size, rows))
-        splits.append(Split(split_name, classes, list(range(1, len(classes) + 1)), records))
+def read_voc(folder, train=None, val=None):
+    """Lists of images in one devkit or several, or only images and an XML for each that has objects, in folders that
+    tell their split -> [Split, Split], or [Split] if there is one part only. Raises UserError."""
+    sources, unmatched = voc_lists(folder, train, val), []
+    if not sources:
+        annotations, unmatched = folder.match(".xml")
+        files = {Path(image.file): Path(xml.file) for image, xml in annotations.items()}
+        sources = images_of_splits(folder, annotations, train, val)
+        sources = [(name, [(image, files.get(image)) for image in images]) for name, images in sources]
+    splits = build_splits(folder, sources, read_voc_file, sorted)
+    for split in splits:
+        split.category_ids = list(range(1, len(split.classes) + 1))
+    splits[0].remarks += count_paths(unmatched, NO_IMAGE)
     return splits
 
 
-def read_voc_file(path):
-    """-> (width, height), rows of (x1, y1, x2, y2, class name, area, difficult). Raises UserError."""
-    content = read_bytes(path)
-    try:
-        if b"<!ENTITY" in content:
-            raise ValueError("it defines entities, which no annotation needs")
-        tree = ElementTree.fromstring(content)
-        size = tuple(int(float(tree.findtext(f"size/{side}", "0"))) for side in ("width", "height"))
-        return size, [voc_row(item) for item in tree.iter("object")]
-    except (ElementTree.ParseError, LookupError, *MALFORMED) as error:
-        raise UserError(f"{path}: not a Pascal VOC annotation ({error})") from None
+def voc_lists(folder, train, val):
+    """The lists of ImageSets/Main -> [(split name, [(image path, XML path or None)])], empty if there are none.
+
+    trainval and test are chosen if both are there, otherwise train and val, or the only list. Raises UserError.
+    """
+    devkits = voc_devkits(folder)
+    names = {path.stem for devkit in devkits for path in (devkit / "ImageSets" / "Main").glob("[!.]*.txt")}
+    if not names and not train and not val:
+        return []
+    if train is None:
+        train = "trainval" if {"trainval", "test"} <= names else "train"
+        if len(names) == 1 and parts_of(names) in ([], ["train"]):
+            train = min(names)
+    if val is None and names != {train}:
+        val = "test" if train == "trainval" else "val"
+    sources = []
+    for name in (train, val) if val else (train,):
+        if name not in names and devkits:
+            there = ", ".join(sorted(names)) or "no lists"
+            raise UserError(f"{folder.root}/ImageSets/Main/{name}.txt is missing; there are: {there}")
+        if name in names:
+            sources.append((name, [pair for devkit in devkits for pair in voc_pairs(devkit, name, folder.home)]))
+    return sources
 
 
-def voc_row(item):
-    """An <object> element -> (x1, y1, x2, y2, class name, area, difficult). Raises one of MALFORMED."""
-    x1, y1, x2, y2 = (float(item.findtext(f"bndbox/{side}")) for side in ("xmin", "ymin", "xmax", "ymax"))
-    # VOC counts pixels from 1, both ends included; but a box whose ends coincide is a stray click, not one pixel wide.
-    if x2 > x1:
-        x1 -= 1
-    if y2 > y1:
-        y1 -= 1
-    name = item.findtext("name").strip()
-    difficult = item.findtext("difficult", "0").strip() == "1"
-    return x1, y1, x2, y2, name, (x2 - x1) * (y2 - y1), difficult
+def voc_pairs(devkit, name, home):
+    """The images of a split in one devkit -> [(image path, XML path or None)], empty without a list of that name."""
+    path = devkit / "ImageSets" / "Main" / f"{name}.txt"
+    require_inside(home, [path])
+    folder, annotations = devkit / "JPEGImages", devkit / "Annotations"
+    images = {p.stem: p for p in sorted(folder.iterdir()) if is_image(p)} if folder.is_dir() else {}
+    pairs = []
+    for stem in read_lines(path) if path.exists() else []:
+        if stem not in images and not os.path.lexists(annotations / f"{stem}.xml"):
+            stem = VOC_LINE.fullmatch(stem)[1]
+        xml = annotations / f"{stem}.xml"
+        pairs.append((images.get(stem, folder / f"{stem}.jpg"), xml if os.path.lexists(xml) else None))
+    return pairs
 
 
 # YOLO
 
-
-def yolo_file(root):
-    """The path of data.yaml, under any of its names, or None."""
-    return next((p for p in (root / "data.yaml", root / "data.yml", root / "dataset.yaml") if p.is_file()), None)
+YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml", "obj.data")
 
 
-def read_yolo(root, home, train=None, val=None):
+def yolo_file(folder):
+    """The path of data.yaml, under any name, or else of obj.data; None if there is neither. Raises UserError."""
+    places = folder.places({".yaml", ".yml", ".data"})
+    named = [place for name in YAML_NAMES for place in places if place.stem + place.suffix == name]
+    others = [place for place in places if not place.folders and folder.mentions(place, (b"names:", b"train:"))]
+    found = sorted(named, key=depth) or others
+    same = [place for place in found if depth(place) == depth(found[0])]
+    if len(same) > 1 and (same[0].folders != same[1].folders or not named):
+        raise UserError(f"{folder.root}: {same[0].file} or {same[1].file}? --data takes the folder of one dataset")
+    return Path(found[0].file) if found else None
+
+
+def class_file(folder):
+    """The path of the list of classes that is nearest to the top, or None. Raises UserError if two differ."""
+    places = sorted(folder.places({".txt", ".names", ".labels"}), key=depth)
+    paths = [Path(place.file) for place in places if place.suffix != ".txt" or place.stem == "classes"]
+    require_inside(folder.home, paths)
+    for other in paths[1:]:
+        if read_lines(other) != read_lines(paths[0]):
+            raise UserError(f"{folder.root}: {paths[0]} and {other} differ; --data takes the folder of one dataset")
+    return paths[0] if paths else None
+
+
+def has_labels(folder):
+    """Whether a folder has a list of classes, or text files with the names of images that look like labels."""
+    places = [place for place in folder.places({".txt"}) if folder.images(place.stem)][:MOST_LOOKED_INTO]
+    return class_file(folder) is not None or any(looks_like_labels(place, folder.home) for place in places)
+
+
+def looks_like_labels(place, home):
+    """Whether a text file holds nothing but lines of five numbers and more."""
+    try:
+        require_inside(home, [Path(place.file)])
+        rows = [[float(text) for text in line.split()] for line in read_lines(Path(place.file))]
+        return bool(rows) and all(len(row) >= 5 for row in rows)
+    except (UserError, ValueError):
+        return False
+
+
+def read_yolo(folder, train=None, val=None):
     """data.yaml has the classes and the folders of the images; the boxes of a/images/b.jpg are in a/labels/b.txt
-    -> [Split, Split]. Raises UserError."""
-    path = yolo_file(root)
-    require_inside(home, [path])
-    data, names, base = read_yolo_config(path)
-    splits = []
+    -> [Split, Split], or [Split] if there is one part only. Raises UserError.
+
+    Instead there may be obj.data, or train.txt and val.txt, or only folders that tell the split; and a list of classes.
+    """
+    path = yolo_file(folder)
+    require_inside(folder.home, [path] if path else [])
+    if path is None:
+        keys = ("train", "val", "valid", "test")
+        data = {key: f"{key}.txt" for key in keys if (folder.root / f"{key}.txt").is_file()}
+    else:
+        data = read_darknet_data(path) if path.suffix == ".data" else read_yolo_yaml(path)
+    names = data.get("names") if isinstance(data.get("names"), list) else None
+    if names is None and class_file(folder):
+        names = read_lines(class_file(folder))
+    if path or data:
+        sources = yolo_sources(folder, data, path or folder.root / "data.yaml", train, val)
+    else:
+        sources = images_of_splits(folder, folder.match(".txt")[0], train, val)
+    labels = [yolo_labels(folder, images) for _, images in sources]
+    sources = [(name, [*zip(images, paths)]) for (name, images), paths in zip(sources, labels)]
+    limit = MOST_CLASSES if names is None else len(names)
+
+    def read(path):
+        return (0, 0), read_yolo_labels(path, limit, data.get("points"))
+
+    def numbers(used):
+        return range(1 + max(used, default=0) if names is None else len(names))
+
+    splits = build_splits(folder, sources, read, numbers, is_relative=True)
+    for split in splits:
+        split.classes = names or split.classes
+    if names is None:
+        splits[0].remarks.append(
+            "the classes are called by their numbers: there is no data.yaml, classes.txt or obj.names"
+        )
+    splits[0].remarks += count_paths(unused_labels(folder, labels), NO_IMAGE)
+    return splits
+
+
+def yolo_sources(folder, data, path, train, val):
+    """-> [(key of data.yaml, [image path])] for both splits, or for the only one. Raises UserError."""
+    sources = []
     for keys in split_names(train, val, ("val", "valid", "test")):
         key = next((key for key in keys if data.get(key)), None)
+        if key is None and sources and not val:
+            break
         if key is None:
             raise UserError(f"{path}: no {' or '.join(keys)}; it has {', '.join(map(str, data))}")
         entries = data[key] if isinstance(data[key], list) else [data[key]]
         if not all(isinstance(entry, str) for entry in entries):
             raise UserError(f"{path}: {key} is neither a folder nor a list of folders")
-        images = [image for entry in entries for image in yolo_images(entry, path, base, home)]
-        require_inside(home, images)
-        records = [yolo_record(image, len(names)) for image in images]
-        splits.append(Split(key, names, list(range(len(names))), records))
-    return splits
+        sources.append(
+            (key, [image for entry in entries for image in yolo_images(folder, entry, path, data.get("path"), key)])
+        )
+    return sources
 
 
-def read_yolo_config(path):
-    """data.yaml -> its content, the names of the classes, and its `path` if it has one. Raises UserError."""
-    try:
-        data = yaml.safe_load(read_text(path))
-        names = data["names"]
-        names = [names[i] for i in sorted(names)] if isinstance(names, dict) else list(names)
-        if any(isinstance(name, (dict, list)) for name in names):
-            raise TypeError("a class name is a list or a mapping")
-        return data, [str(name) for name in names], data.get("path") and require_string(data["path"])
-    except (yaml.YAMLError, *MALFORMED) as error:
-        raise UserError(
-            f"{path}: not a YOLO data.yaml, which has names, train and val ({type(error).__name__}: {error})"
-        ) from None
-
-
-def yolo_images(entry, path, base, home):
+def yolo_images(folder, entry, path, base, key):
     """The images of an entry of data.yaml, which is a folder or a text file with a list -> [path]. Raises UserError.
 
     The entry is relative to `base`, to data.yaml's folder, or, in exports, to a folder next to that.
     """
-    folder = path.parent
-    bases = [folder / base if base else folder, folder, folder / "images"]
-    candidates = [b / entry for b in bases] + [folder / entry.removeprefix("../"), folder / entry / "images"]
+    parent, parts = path.parent, parts_of([key])
+    bases = [parent / base if base else parent, parent, parent / "images"]
+    candidates = [b / entry for b in bases] + [parent / entry.removeprefix("../"), parent / entry / "images"]
     place = next((c for c in candidates if os.path.exists(c)), None)
+    place = place or folder.find(entry, parts=parts) or folder.find(entry + "/", parts=parts)
     if place is None:
         raise UserError(f"{path}: {entry} does not exist; looked for {', '.join(map(str, dict.fromkeys(candidates)))}")
-    require_inside(home, [place])
+    require_inside(folder.home, [place])
     if place.is_file():
-        return [place.parent / line.strip() for line in read_text(place).splitlines() if line.strip()]
-    images = find_images(place)
-    if not images and (place / "images").is_dir():
-        place = place / "images"
-        images = find_images(place)
-    return list(images.values()) or sorted(p for p in place.rglob("*") if is_image(p))
+        return [folder.locate(line, [place.parent], parts=parts) for line in read_lines(place)]
+    images = [p for p in sorted(place.iterdir()) if is_image(p)]
+    return images or sorted(p for p in place.rglob("*") if is_image(p))
 
 
-def yolo_record(image, num_classes):
-    """An image's path -> Record with boxes and areas as fractions of the image's. Raises UserError."""
-    path = yolo_label_file(image)
-    lines = read_text(path).split("\n") if path.exists() else []
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(yolo_row(line, num_classes))
-        except (ValueError, OverflowError) as error:
-            raise UserError(
-                f"{path}, line {number}: {error}; "
-                f"expected a class from 0 to {num_classes - 1} and cx cy w h, or a polygon"
-            ) from None
-    record = make_record(image.stem, image, (0, 0), rows)
-    record.relative = True
-    return record
+def yolo_labels(folder, images):
+    """The label file of each image -> [path or None].
 
-
-def yolo_label_file(image):
-    """a/images/b.jpg -> a/labels/b.txt, by the last `images` in the path."""
-    parts = list(image.parts)
-    for i in reversed(range(len(parts) - 1)):
-        if parts[i] == "images":
-            parts[i] = "labels"
-            break
-    return Path(*parts).with_suffix(".txt")
-
-
-def yolo_row(line, num_classes):
-    """A line of a label file -> (x1, y1, x2, y2, label, area, False), in fractions of the image.
-
-    It is `class cx cy w h`, optionally with a score, or `class x y x y x y ...`, a polygon.
-    Raises ValueError or OverflowError.
+    a/images/b.jpg has a/labels/b.txt, by the last `images` in the path, or a/images/b.txt; where no image has such a
+    one, the nearest file of its name.
     """
-    label, *values = (float(text) for text in line.split())
-    is_class = label == int(label) and 0 <= label < num_classes
-    is_box = len(values) in (4, 5)
-    is_polygon = len(values) >= 6 and len(values) % 2 == 0
-    if not is_class or not (is_box or is_polygon):
-        raise ValueError(f"'{line.strip()[:60]}'")
-    if is_box:
-        cx, cy, w, h = values[:4]
-        x1, y1, x2, y2 = cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2
-    else:
-        x1, y1, x2, y2 = min(values[::2]), min(values[1::2]), max(values[::2]), max(values[1::2])
-    return x1, y1, x2, y2, int(label), (x2 - x1) * (y2 - y1), False
+    labels = []
+    for image in images:
+        parts = list(image.parts[::-1])
+        if "images" in parts[1:]:
+            parts[parts.index("images", 1)] = "labels"
+        paths = Path(*parts[::-1]).with_suffix(".txt"), image.with_suffix(".txt")
+        labels.append(next((path for path in paths if os.path.lexists(path)), None))
+    if not any(labels):
+        files = {Path(image.file): Path(label.file) for image, label in folder.match(".txt")[0].items()}
+        labels = [files.get(image) for image in images]
+    return labels
+
+
+def unused_labels(folder, labels):
+    """The label files that have no image, in the folders of those that have."""
+    parents = {path.parent for paths in labels for path in paths if path}
+    places = [p for p in folder.places({".txt"}) if Path(p.file).parent in parents and not folder.images(p.stem)]
+    return [place.file for place in places if looks_like_labels(place, folder.home)]
+
+
+def is_image(path):
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
 
 
 # The table of layouts
 
+LAYOUTS = {"coco": read_coco, "voc": read_voc, "yolo": read_yolo}
+FORMER_NAMES = {"json": "coco", "roboflow": "coco", "voc-folders": "voc"}  # in the settings of earlier runs
 
-class Layout(NamedTuple):
-    signs: str  # what a folder of this layout has, for messages
-    matches: Callable  # folder -> true if it has that
-    read: Callable  # (root, home, train split, val split) -> [Split, Split]; read_single takes a fraction instead
+# (layout, its signs for messages, test), in the order in which they are tried: the first that matches counts.
+SIGNS = (
+    ("voc", "ImageSets/Main/*.txt", voc_devkits),
+    ("yolo", "data.yaml or obj.data", yolo_file),
+    ("coco", "a COCO *.json", coco_files),
+    ("voc", "*.xml with the names of images", methodcaller("places", {".xml"})),
+    ("yolo", "classes.txt, or *.txt with the names of images", has_labels),
+)
 
 
-# In the order in which they are tried: the first that matches counts.
-LAYOUTS = {
-    "voc": Layout("ImageSets/Main/*.txt, here or in VOC2007/ ... or VOCdevkit/VOC2007/ ...", voc_devkits, read_voc),
-    "yolo": Layout("data.yaml", yolo_file, read_yolo),
-    "roboflow": Layout(f"train/{ROBOFLOW_FILE}", has_roboflow_files, read_coco),
-    "coco": Layout("annotations/*train*.json, or train*/ with a JSON inside", has_coco_files, read_coco),
-    "voc-folders": Layout(
-        "train/ with an XML for each image, in it or in its labels/", has_xml_folders, read_voc_folders
-    ),
-    "json": Layout("a single COCO *.json, here or in annotations/", has_single_file, read_single),
-}
+def detect_layout(folder):
+    """The first layout whose signs a Folder has. Raises UserError with the signs and the folder's content."""
+    for name, _, matches in SIGNS:
+        if matches(folder):
+            return name
+    signs = "; ".join(f"{name}: {signs}" for name, signs, _ in SIGNS)
+    raise UserError(f"{folder.root}: unknown layout. Looked for {signs}. Found: {listing(folder.root)}")
 
 
 # Checking images and boxes
@@ -676,11 +631,13 @@ def check(split, skip_bad_images=False):
 
     Raises UserError if images can't be read, unless skip_bad_images leaves them out.
     """
-    sizes = leave_out_unreadable(split, skip_bad_images)
+    probes = leave_out_unreadable(split, skip_bad_images)
+    split.value_range = common_range([probe.extremes for probe in probes])
     counts = Counter()
-    for record, (stored, upright) in zip(split.records, sizes):
-        set_size(record, stored, upright, counts)
+    for record, probe in zip(split.records, probes):
+        set_size(record, probe.stored, probe.upright, counts)
         clean_boxes(record, counts)
+        counts["images have colours of 16 bits, of which the upper 8 count"] += probe.has_deep_colours
     repeats = Counter(record.image_id for record in split.records)
     for record in split.records:
         if repeats[record.image_id] > 1:  # the same name in several folders
@@ -692,10 +649,10 @@ def check(split, skip_bad_images=False):
 
 
 def leave_out_unreadable(split, skip_bad_images):
-    """Decodes every image -> the sizes of those that can be read, as probe gives them; the others leave the Split."""
+    """Decodes every image -> the Probes of those that can be read; the others leave the Split."""
     with ThreadPoolExecutor() as pool:
         progress = tqdm(
-            pool.map(probe, split.records),
+            pool.map(probe_image, split.records),
             f"checking {split.name}",
             len(split.records),
             leave=False,
@@ -715,16 +672,26 @@ def leave_out_unreadable(split, skip_bad_images):
     return [p for p in probes if not isinstance(p, str)]
 
 
-def probe(record):
-    """Decodes an image -> its stored and its upright (width, height), or a str that says why it can't be read."""
+class Probe(NamedTuple):
+    """What decoding an image has shown."""
+
+    stored: tuple  # (width, height)
+    upright: tuple  # the same once it is rotated as its EXIF says
+    extremes: tuple | None  # see transforms.extremes
+    has_deep_colours: bool  # of 16 bits
+
+
+def probe_image(record):
+    """Decodes an image -> Probe, or a str that says why it can't be read."""
     try:
         with open_image(record.path) as image:
+            has_deep_colours = ";16" in str(image.tile) and not image.mode.startswith("I")  # before it is loaded
             stored, upright = image.size, upright_size(image)
             is_large = stored[0] * stored[1] > LARGE_IMAGE
             with LARGE_IMAGE_LOCK if is_large else nullcontext():
                 image.draft("RGB", (max(1, stored[0] // 8), max(1, stored[1] // 8)))  # JPEGs: at an eighth of the size
                 image.load()
-        return stored, upright
+                return Probe(stored, upright, extremes(image), has_deep_colours)
     except Exception as error:  # PIL raises many kinds on broken files; each is the file's fault
         return f"{record.path}: {error}"
 

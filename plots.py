@@ -262,6 +262,7 @@ def pyplot():
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False  # a class may be called $
     import matplotlib.pyplot
 
     return matplotlib.pyplot
@@ -334,18 +335,34 @@ def draw_growth(found, out):
     save_figure(figure, out)
 
 
-def draw_precision_recall(curves, out):
+def drawable_names(names):
+    """Class names as diagrams can show them; matplotlib learns of the fonts that have their letters."""
+    pyplot()  # before the rest of matplotlib
+    import matplotlib
+    from matplotlib import font_manager
+
+    texts = [drawable_name(name, label) for label, name in enumerate(names)]
+    families = ["DejaVu Sans"]
+    for file in dict.fromkeys(filter(None, map(font_file, texts))):
+        font_manager.fontManager.addfont(file)
+        families.append(font_manager.FontProperties(fname=file).get_name())
+    matplotlib.rcParams["font.family"] = list(dict.fromkeys(families))
+    return texts
+
+
+def draw_precision_recall(curves, names, out):
     """Draws a curve for each class into the file `out`; the legend starts with the lowest AP.
 
-    curves: {name: (AP50, precision at 101 recalls from 0 to 1)}.
+    curves: {name: (AP50, precision at 101 recalls from 0 to 1)}; names: of all classes.
     """
+    texts = dict(zip(names, drawable_names(names)))
     figure, axes = pyplot().subplots(figsize=(8, 5), layout="constrained")
     recall = [i / 100 for i in range(101)]
     for number, name in enumerate(sorted(curves, key=lambda name: curves[name][0])):
         ap, precision = curves[name]
         style = {"linestyle": LINE_STYLES[number // 10 % len(LINE_STYLES)]}
         if number < NAMED_CURVES:
-            style |= {"color": f"C{number % 10}", "label": f"{name} {ap:.2f}", "zorder": 2}
+            style |= {"color": f"C{number % 10}", "label": f"{texts[name]} {ap:.2f}", "zorder": 2}
         else:
             style |= {"color": "lightgrey", "zorder": 1}
         axes.plot(recall, precision, **style)
@@ -369,7 +386,7 @@ def draw_confusion(counts, names, out):
     figure, axes = pyplot().subplots(figsize=(side, side), layout="constrained")
     fractions = counts / counts.sum(1, keepdims=True).clip(min=1)
     axes.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
-    ticks = [*names, "nothing"]
+    ticks = [*drawable_names(names), "nothing"]
     axes.set_xticks(range(size), ticks, rotation=90 if size > 6 else 0, fontsize=8)
     axes.set_yticks(range(size), ticks, fontsize=8)
     axes.set(xlabel="detected as", ylabel="is", title="confusion matrix (IoU 0.5)")

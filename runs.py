@@ -47,6 +47,7 @@ class State:
     loss_sums: dict = field(default_factory=dict)  # of the epoch so far
     loss_count: int = 0
     lr_scale: float = 1.0  # halved whenever the run had to go back to last.pth
+    out_of_patience: bool = False
 
 
 class Run:
@@ -72,7 +73,7 @@ class Run:
             torch.manual_seed(s.seed + 1000 * distributed.rank() + self.state.step)
 
         self.signals = 0  # Ctrl-C so far; the first lets the step under way finish
-        self.stopped = self.out_of_patience = False
+        self.stopped = False
         self.first_step, self.warm_seconds = self.state.step, self.state.train_seconds
         self.last_saved = -math.inf  # so that there is a last.pth from the first step on
         self.last_evaluation, self.evaluation_seconds = time.time(), 0.0
@@ -131,7 +132,7 @@ class Run:
 
     @property
     def is_over(self):
-        return self.progress >= 1 or self.stopped or self.out_of_patience
+        return self.progress >= 1 or self.stopped or self.state.out_of_patience
 
     @property
     def epoch_is_over(self):
@@ -276,7 +277,7 @@ class Run:
         figures, self.figures = self.figures, None
         if figures is not None:
             row |= {name: round(value, 4) for name, value in figures.items()}
-            self.out_of_patience = self.s.patience is not None and epoch - state.best_epoch >= self.s.patience
+            state.out_of_patience = self.s.patience is not None and epoch - state.best_epoch >= self.s.patience
         if self.is_main:
             with open(self.folder / "log.jsonl", "a") as log:
                 log.write(json.dumps(row) + "\n")
@@ -318,7 +319,7 @@ class Run:
         self.bar.close()
         if self.progress < 1:
             self.save_last()
-        finished = self.out_of_patience or self.progress >= 1
+        finished = self.state.out_of_patience or self.progress >= 1
         best = self.folder / "best.pth"
         if self.resumed and self.step == self.first_step and self.is_reported:
             self.say_nothing_is_left()
@@ -330,7 +331,7 @@ class Run:
             self.best_result = (detections, curves) if figures else None
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)  # all is saved: there is nothing left to stop
-        if self.out_of_patience:
+        if self.state.out_of_patience:
             print(f"no better AP in {self.s.patience} epochs; ended after step {self.step}")
         elif not finished:
             print(f"stopped after step {self.step}; go on with: python train.py --resume {self.folder}")
@@ -347,7 +348,7 @@ class Run:
     def is_reported(self):
         """Whether the run ended before: its last epoch is logged and the report of its best one drawn."""
         rows = read_rows(self.folder / "log.jsonl")
-        ended = bool(rows) and json.loads(rows[-1])["step"] == self.step and self.progress >= 1
+        ended = bool(rows) and json.loads(rows[-1])["step"] == self.step and self.is_over
         drawn = all((self.folder / name).exists() for name in ("best.pth", *REPORT))
         return distributed.broadcast(ended and drawn)
 

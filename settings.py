@@ -126,7 +126,7 @@ class Settings:
     layout: str = of_data(None, None, "layout of the dataset (default: detected, and printed)", choices=LAYOUTS)
     train_split: str = of_data(None, "NAME", "the part to train on, e.g. trainval")
     val_split: str = of_data(None, "NAME", "the part to evaluate on, e.g. test")
-    val_fraction: float = of_data(None, "X", "fraction to evaluate on, if one file has all images (default 0.2)")
+    val_fraction: float = of_data(None, "X", "fraction to evaluate on, if the dataset has one part only (default 0.2)")
     image_size: int = of_data(
         None,
         "S",
@@ -305,6 +305,8 @@ class Settings:
     tensorboard: bool = of_run(False, None, "also log for TensorBoard, into the run's folder")
     exact_sides: bool = of_run(True, None, "round the sides of resized images; earlier versions truncated them")
     num_classes: int = None  # the dataset's
+    data_from_run: str = None  # the path of the data, seen from the run's folder
+    value_range: list = None  # the training images', see transforms.common_range
     version: str = VERSION  # of this code, which began the run
 
     @classmethod
@@ -376,7 +378,7 @@ def resolve_settings(given, train, initial=None):
     """
     s = start_settings(given | (architecture_of(initial, given, train) if initial else {}), initial)
     check_values(s)
-    refuse_ignored(s, given, train.layout)
+    refuse_ignored(s, given, train)
     before = dict(vars(s))
     resolve_model(s, train, initial)
     resolve_data(s, train)
@@ -384,7 +386,7 @@ def resolve_settings(given, train, initial=None):
     resolve_optim(s, given, initial)
     resolve_run(s)
     chosen = {key: value for key, value in vars(s).items() if value != before[key]}
-    s.data, s.num_classes = str(s.data or "data/demo"), len(train.classes)
+    s.data, s.num_classes, s.value_range = str(s.data or "data/demo"), len(train.classes), train.value_range
     print("chosen: " + ", ".join(f"{key}={value}" for key, value in chosen.items()))
     if train.most_objects > s.num_queries and s.detector != "ssd":
         print(
@@ -447,20 +449,18 @@ def check_values(s):
         raise UserError(f"--freeze-backbone takes a number of epochs or all, not {s.freeze_backbone}") from None
 
 
-def refuse_ignored(s, given, layout):
+def refuse_ignored(s, given, train):
     """Raises UserError for an option of the command line that would change nothing."""
     resampled = s.patch_size not in (None, find_spec(s.backbone).patch) and s.backbone_weights != "none"
     trained = s.freeze_backbone != "all"
-    no_parts = "a single COCO file holds all images; --val-fraction decides how many are evaluated on"
+    has_parts = "is for a dataset with one part only; this one has several"
     frozen = "--freeze-backbone all leaves the backbone as it is; leave one of them out"
     of_detr = "is for the default detector, detr"
     of_dino = "is for a DINO on a pyramid; add --detector dino, leave out --pyramid own"
     of_transformer = "is for detr, detr-2020 and dino"
     has_transformer = s.detector in ("detr", "detr-2020", "dino")
     rules = (  # setting, whether it is used, why it is not
-        ("val_fraction", layout == "json", f"is for a single COCO file; this is {layout} layout, which has parts"),
-        ("train_split", layout != "json", no_parts),
-        ("val_split", layout != "json", no_parts),
+        ("val_fraction", train.is_fraction, has_parts),
         ("size", s.detector == "ecdet", "is ECDet's; add --detector ecdet"),
         ("scales", s.detector == "dino" and s.pyramid != "own", of_dino),
         ("attention", s.detector == "detr", of_detr),

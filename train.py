@@ -27,7 +27,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import distributed
-from checkpoint import read_checkpoint, start_from
+from checkpoint import data_of, read_checkpoint, start_from
 from datasets import DetectionDataset, EndlessBatches, aspect_ratios_of, collate, evaluation_batches
 from demo_data import make_demo
 from detr_model import build_model
@@ -121,7 +121,7 @@ def prepare(given, resume, device):
             f"{resume}/last.pth: holds no optimizer state, or that of an earlier version; "
             "infer.py and evaluate.py still open it"
         )
-    config = saved["config"] | given if saved else given
+    config = saved["config"] | {"data": data_of(saved["config"], resume)} | given if saved else given
     allow_large_images(config.get("large_images", False))
     data = config.get("data") or DEMO
     if saved and data != DEMO and not Path(data).exists():
@@ -134,6 +134,8 @@ def prepare(given, resume, device):
     else:
         s = resolve_settings(given, train_split, initial and initial["config"])
     s = distributed.broadcast(s)
+    s.data_from_run = path_from(s.data, s.out)
+    train_split.value_range = val_split.value_range = s.value_range
     choose_precision(s.precision, device)  # allows or forbids TF32
     count_pieces(s)
     if s.shard and distributed.world_size() == 1 and not saved:
@@ -145,6 +147,14 @@ def prepare(given, resume, device):
     if saved:
         compare_counts(saved["training"].get("images"), [train_split, val_split], resume)
     return train_split, val_split, s, saved, initial
+
+
+def path_from(path, folder):
+    """The relative path that leads from a folder to a path; None from one drive of Windows to another."""
+    try:
+        return os.path.relpath(path, folder)
+    except ValueError:
+        return None
 
 
 def compare_counts(before, splits, resume):

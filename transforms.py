@@ -5,6 +5,7 @@ Transforms take a uint8 RGB tensor (3, H, W) and a target whose `boxes` are a `t
 They give a normalised float tensor and a target with `boxes` cxcywh in [0, 1]; see datasets.py for the other entries.
 """
 
+import importlib.util
 import math
 import os
 import warnings
@@ -30,7 +31,12 @@ SHORT_SIDE, LONG_SIDE = 800, 1333  # of an image at size 800; all lengths scale 
 # Formats are told apart by content, whatever the suffix. PIL knows many more, some of which run other programs.
 SAFE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 Image.init()
-FORMATS = [name for name in SAFE_FORMATS if name in Image.OPEN]
+if importlib.util.find_spec("pillow_heif"):
+    importlib.import_module("pillow_heif").register_heif_opener()
+FORMATS = [name for name in (*SAFE_FORMATS, "HEIF") if name in Image.OPEN]
+IMAGE_SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in (*FORMATS, "DIB", "MPO")}
+# Other images, which are passed over and counted in a folder
+CLOSED_SUFFIXES = {".heic", ".heif", ".dng", ".svg", ".psd", ".tga", ".ico", ".eps", ".npy"} - IMAGE_SUFFIXES
 # An image over both is refused as a decompression bomb. PIL warns at more pixels, and refuses at twice as many as that.
 BOMB_PIXELS, BOMB_PIXELS_PER_BYTE = 2**25, 200
 PIL_PIXELS = Image.MAX_IMAGE_PIXELS
@@ -65,24 +71,25 @@ def open_image(path):
     return image
 
 
-def read_image(path, upright=True, detail=None):
-    """Any image file -> RGB PIL image: rotated as its EXIF says, transparency over white, 16 bits scaled to 8.
+def read_image(path, upright=True, detail=None, value_range=None):
+    """Any image file -> RGB PIL image: rotated as its EXIF says, transparency over white, more bits scaled to 8.
 
     upright: False leaves the pixels as they are stored.
     detail: a JPEG is decoded at a half, a quarter or an eighth of its size if its shortest side keeps `detail` pixels.
+    value_range: of more than 8 bits, see common_range; None: the image's own.
     """
     with open_image(path) as image:
         n = reduction(*image.size, detail)
         image.draft(None, (image.width // n, image.height // n))
-        return to_rgb(image, upright)
+        return to_rgb(image, upright, value_range)
 
 
-def to_rgb(image, upright=True):
+def to_rgb(image, upright=True, value_range=None):
     """A PIL image of any mode, which stays as it is -> RGB PIL image; see read_image."""
     if upright and image.getexif().get(0x0112, 1) != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
-        image = to_8_bits(image)
+        image = to_8_bits(image, value_range or common_range([extremes(image)]))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -90,16 +97,42 @@ def to_rgb(image, upright=True):
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def to_8_bits(image):
-    """A PIL image of wide integers or floats -> one of 8 bits, scaled from the range that its values suggest."""
-    values = np.asarray(image, dtype=np.float32)
-    if image.mode == "F":
-        top = max(values.max(), 1)
-    elif values.max() > 255:
-        top = 65535
-    else:
-        top = 255
-    return Image.fromarray((values * (255 / top)).clip(0, 255).astype(np.uint8))
+def to_8_bits(image, value_range):
+    """A PIL image of wide integers or floats -> one of 8 bits, from black at the low end of the range to white."""
+    low, high = value_range
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64), nan=low, posinf=high, neginf=low).clip(low, high)
+    return Image.fromarray(np.rint((values - low) * (255 / max(high - low, 1e-12))).astype(np.uint8))
+
+
+def extremes(image):
+    """A PIL image -> its lowest value, its highest, and whether they are floats; None if it has 8 bits or fewer.
+
+    Of floats a thousandth at either end does not count: hot and dead pixels, values that stand for none.
+    """
+    if not image.mode.startswith(("I", "F")):
+        return None
+    values = np.asarray(image)
+    if image.mode != "F":
+        return int(values.min()), int(values.max()), False
+    values = values[np.isfinite(values)]
+    if not values.size:
+        return 0.0, 0.0, True
+    return float(np.quantile(values, 0.001, method="higher")), float(np.quantile(values, 0.999, method="lower")), True
+
+
+def common_range(found):
+    """[extremes of an image] -> (low, high), which become black and white in all these images; None if there is none.
+
+    Integers: from 0 to the most that 8, 10, 12, 14 or 16 bits hold, the fewest that hold all of them. Floats, and
+    integers that are negative or still larger: from the lowest value to the highest.
+    """
+    found = [entry for entry in found if entry]
+    if not found:
+        return None
+    low, high = min(entry[0] for entry in found), max(entry[1] for entry in found)
+    if low >= 0 and not any(is_float for _, _, is_float in found):
+        low, high = 0, next((2**bits - 1 for bits in (8, 10, 12, 14, 16) if high < 2**bits), high)
+    return low, high
 
 
 def reduction(width, height, detail):

@@ -3,7 +3,7 @@
     python tests/fuzz.py --cases 20000          about a minute a thousand
     python tests/fuzz.py --seed 1234 --cases 1  one case again, with its traceback
 
-A case is a small dataset (COCO, VOC, YOLO) with one to three of its files damaged. It has to be read, every box finite
+A case is a small dataset (a key of LAYOUTS) with one to three of its files damaged. It has to be read, every box finite
 and inside its image and every image of its size, or refused in one line that names the file; within 5 seconds and 1 GB.
 What changes nothing (line ends, byte order marks, wrong extensions) has to be read as it was.
 """
@@ -27,12 +27,14 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from pycocotools import mask
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import datasets
 from errors import UserError
 from layouts import load_splits
 
+LAYOUTS = ("coco", "voc", "yolo", "coco alone", "coco masks", "voc folders", "yolo folder", "yolo lists")
 SECONDS, BYTES = 5, 2**30
 NUMBERS = [0, -1, 1, 1e308, -1e308, float("nan"), float("inf"), 10**400, 2**63, 0.5, 1e-320, -0.0]
 WORDS = [
@@ -64,7 +66,12 @@ def picture_bytes(rng, form="PNG", size=(24, 20), mode="RGB"):
 
 
 def make(layout, rng):
-    """-> {relative path: bytes} of a sound data set with two classes, 3 + 2 pictures."""
+    """-> {relative path: bytes} of a sound data set with two classes, 3 + 2 pictures.
+
+    The layouts of two words are without splits, or have their files and names otherwise, see `moved`.
+    """
+    if " " in layout:
+        return moved(make(layout.split()[0], rng), layout)
     files, boxes = {}, [(2, 3, 11, 13), (12, 5, 22, 19)]
     pictures = {"train": ["a", "b", "c"], "val": ["d", "e"]}
     if layout == "coco":
@@ -113,6 +120,37 @@ def make(layout, rng):
                     for k, (x1, y1, x2, y2) in enumerate(boxes)
                 ]
                 files[f"labels/{part}/{n}.txt"] = "\n".join(rows).encode()
+    return files
+
+
+def moved(files, layout):
+    """The files of a sound data set as tools and hands leave them."""
+    if layout.startswith("coco"):
+        parts = {part: json.loads(files.pop(f"annotations/instances_{part}.json")) for part in ("train", "val")}
+        for part, data in parts.items():
+            for image in data["images"]:
+                image["file_name"] = rf"C:\\data\\{part}\\" + image["file_name"]
+            for row in data["annotations"] if layout == "coco masks" else ():
+                x, y, w, h = row.pop("bbox")
+                polygon = {"segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]]}
+                run = {"size": [20, 24], "counts": [x * 20 + y, *[h, 20 - h] * (w - 1), h]}
+                code = {"size": [20, 24], "counts": mask.frPyObjects(run, 20, 24)["counts"].decode()}
+                row |= (polygon, {"segmentation": run}, {"segmentation": code})[row["id"] % 3]
+        if layout == "coco alone":
+            del parts["val"]
+        files |= {f"{part}.json": json.dumps(data).encode() for part, data in parts.items()}
+        return {f"images/{path}" if path.endswith(".png") else path: data for path, data in files.items()}
+    if layout == "voc folders":
+        names = {"JPEGImages": "images", "Annotations": "annotations"}
+        files = {path: data for path, data in files.items() if not path.startswith("ImageSets")}
+        return {f"{names[path.split('/')[0]]}/{path.split('/')[1]}": data for path, data in files.items()}
+    del files["data.yaml"]
+    files = {path.rsplit("/", 1)[1]: data for path, data in files.items()} | {"classes.txt": b"cat\ndog\n"}
+    if layout == "yolo lists":
+        files["obj.names"] = files.pop("classes.txt")
+        files["train.txt"] = b"/home/me/a.png\n/home/me/b.png\nc.png\n"
+        files["val.txt"] = b"data/d.png\ndata/e.png\n"
+        files["obj.data"] = b"classes = 2\ntrain = data/train.txt\nvalid = data/val.txt\nnames = data/obj.names\n"
     return files
 
 
@@ -423,7 +461,7 @@ class Hang(BaseException):
 def case(seed, root):
     """-> "read", "refused" or "read as it was"; anything else raises."""
     rng = np.random.default_rng(seed)
-    layout = ("coco", "voc", "yolo")[rng.integers(3)]
+    layout = LAYOUTS[rng.integers(len(LAYOUTS))]
     files = make(layout, rng)
     if rng.random() < 0.1:
         write(root, files)

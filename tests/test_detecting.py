@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from fractions import Fraction
 
 import compare_patches
@@ -35,7 +36,7 @@ from errors import UserError
 class Squares(RedSquares):
     """RedSquares with a device; `at` is called with the number of each image."""
 
-    device = torch.device("cpu")
+    device, value_range = torch.device("cpu"), None
 
     def __init__(self, at=None):
         self.at, self.calls = at or (lambda number: None), 0
@@ -167,7 +168,7 @@ def test_a_signal_in_a_video_ends_all(detect, tmp_path):
 
 
 WITH_SQUARES = """
-import sys; sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import sys; sys.path[:0] = [{root!r}, {root!r} + "/tools", {root!r} + "/tests"]
 import infer
 from test_detecting import Squares
 from errors import run_script
@@ -562,6 +563,25 @@ def test_a_run_goes_on_where_its_data_was_moved_to(tmp_path, monkeypatch, capsys
     assert status == 0 and "5 + 2 images" in out and "6 + 2" in out, error
 
 
+def test_paths_are_kept_relative_to_the_run(tmp_path, monkeypatch, capsys):
+    write_coco(tmp_path / "project" / "my data", {"train": 6, "val": 2})
+    (tmp_path / "project" / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "project" / "work")
+    arguments = ["--data", "../my data", *SMALL, "--steps", 3, "--workers", 0, "--out", "runs/a"]
+    status, _, error = called(train.main, arguments, monkeypatch, capsys)
+    assert status == 0, error
+    content = torch.load("runs/a/last.pth", weights_only=True)
+    content["training"]["step"], content["config"]["steps"] = 2, 3
+    torch.save(content, "runs/a/last.pth")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "project").rename(tmp_path / "moved")
+    status, out, error = called(train.main, ["--resume", "moved/work/runs/a"], monkeypatch, capsys)
+    assert status == 0 and "moved/my data: coco layout" in out, error
+    monkeypatch.chdir("/")
+    status, out, error = called(evaluate.main, [tmp_path / "moved/work/runs/a/best.pth"], monkeypatch, capsys)
+    assert status == 0 and "AP50" in out, error
+
+
 def test_a_run_that_has_ended_says_that_nothing_is_left(tmp_path, monkeypatch, capsys):
     root = write_coco(tmp_path / "my data", {"train": 4, "val": 2})
     arguments = ["--data", root, *SMALL, "--steps", 2, "--workers", 0, "--out", tmp_path / "run"]
@@ -616,3 +636,13 @@ def test_thin_images_are_detected_in_and_drawn(detect, tmp_path):
     for path in (tmp_path / "out").glob("*.jpg"):
         drawing = Image.open(path)
         assert drawing.width * drawing.height <= 1e6
+
+
+def test_diagrams_show_names_in_any_script(tmp_path):
+    names = ["$a_$", "\\frac{", "猫", "كلب", "\ue000", "кот"]
+    curves = {name: (0.5, [1.0] * 101) for name in names[::-1]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of letters that a font doesn't have
+        plots.draw_precision_recall(curves, names, tmp_path / "a.png")
+        plots.draw_confusion(np.eye(7, dtype=int), names, tmp_path / "b.png")
+    assert Image.open(tmp_path / "a.png").width > 500 and Image.open(tmp_path / "b.png").width > 400

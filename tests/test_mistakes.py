@@ -202,7 +202,9 @@ def test_cases_are_cut_out_where_they_are(tmp_path):
     pixels = np.asarray(sheet)
     assert (np.abs(pixels[:, :300].astype(int) - (255, 0, 0)).sum(-1) < 30).sum() > 300  # the object is on its crop
     plots.draw_confusion(np.arange(9).reshape(3, 3), ["cat", "dog"], tmp_path / "c.png")
-    plots.draw_precision_recall({"cat": (0.5, [1.0] * 101), "dog": (0.1, [0.2] * 101)}, tmp_path / "p.png")
+    plots.draw_precision_recall(
+        {"cat": (0.5, [1.0] * 101), "dog": (0.1, [0.2] * 101)}, ["cat", "dog"], tmp_path / "p.png"
+    )
     assert (tmp_path / "c.png").stat().st_size > 0 and (tmp_path / "p.png").stat().st_size > 0
 
 
@@ -237,6 +239,8 @@ def test_patience_ends_a_run_that_gets_no_better(tiny_data, tmp_path, monkeypatc
     assert status == 0 and "no better AP in 2 epochs; ended after step 12" in out, err
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [row["AP"] for row in rows] == [0.5, 0.6, 0.4, 0.3]
+    status, out, err = called(train.main, ["--resume", tmp_path / "run"], monkeypatch, capsys)
+    assert status == 0 and "nothing is left" in out and "after step 12" in out, err
 
 
 def test_tensorboard_where_it_is_installed(tiny_data, tmp_path, monkeypatch, capsys):

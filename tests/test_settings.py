@@ -12,9 +12,11 @@ from settings import DEFAULTS, build_parser, resolve_settings
 from train import count_pieces
 
 
-def pictures(count, layout="coco"):
+def pictures(count):
     record = SimpleNamespace(width=640, height=480, boxes=[(10, 10, 90, 90)])
-    return SimpleNamespace(records=[record] * count, most_objects=40, classes=["a", "b"], layout=layout)
+    return SimpleNamespace(
+        records=[record] * count, most_objects=40, classes=["a", "b"], is_fraction=False, value_range=None
+    )
 
 
 @pytest.mark.parametrize(
@@ -202,8 +204,6 @@ def test_an_option_of_the_architecture_is_refused_beside_a_checkpoint():
 # None: it always counts.
 NEEDS = {
     "val_fraction": (0.3, {}),
-    "train_split": ("a", {"layout": "json"}),
-    "val_split": ("a", {"layout": "json"}),
     "size": ("s", {"detector": "detr"}),
     "scales": (4, {"detector": "detr"}),
     "decoder_layers": (2, {"detector": "ssd"}),
@@ -233,6 +233,8 @@ NEEDS = {
 ALWAYS = {
     "data",
     "layout",
+    "train_split",
+    "val_split",
     "image_size",
     "augment",
     "mosaic",
@@ -298,7 +300,7 @@ def test_every_option_is_known_to_count_or_to_need_another():
 def test_an_option_that_would_be_ignored_is_refused(option):
     value, beside = NEEDS[option]
     given = {"data": "mine", "image_size": 128} | beside
-    train = pictures(800, given.pop("layout", "coco"))
+    train = pictures(800)
     initial = OF_INIT if "init" in beside else None
     resolve_settings(given, train, initial)  # sound without it
     with pytest.raises(UserError, match=f"--{option.replace('_', '-')} {value}"):

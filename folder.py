@@ -1,0 +1,184 @@
+"""All files of a dataset's folder, listed once, and found by the end of the paths that annotations give.
+
+Names tell the split that a file belongs to, see PART. Links that lead out of the folder are not followed.
+"""
+
+import os
+import re
+from collections import defaultdict
+from operator import attrgetter, itemgetter
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import unquote
+
+from annotations import read_bytes, require_inside
+from errors import UserError
+from transforms import IMAGE_SUFFIXES
+
+MOST_FILES = 2_000_000
+MOST_LOOKED_INTO = 64  # files, to detect a layout
+# In the name of a split's folder or file: train2017, valid, my_test; but not in trains, values, latest
+PART = re.compile(r"(?<![a-z])(train|val|test)(?:val|ing|id|idation|set|data|images)?(?![a-z])")
+by_path = attrgetter("folders", "file")
+
+
+def parts_of(names):
+    """The kinds of split that the names of some folders or files tell: train, val, test."""
+    return [match[1] for match in (PART.search(name.lower()) for name in names) if match]
+
+
+class Place(NamedTuple):
+    """A file or a folder of a dataset."""
+
+    folders: tuple  # from the dataset's folder on
+    stem: str  # of a folder: its name with a slash behind
+    suffix: str  # in lower case
+    file: str  # the path
+
+
+class Folder:
+    """All files below a dataset's folder, listed once. Raises UserError where there are too many.
+
+    Hidden files, such as macOS leaves next to others, are passed over. home: the folder that files have to lie in, or
+    None; links to folders are followed only within it.
+    """
+
+    def __init__(self, root, home):
+        self.root, self.home = root, home
+        self.by_stem = defaultdict(list)  # {stem: [Place]}
+        self.moved = []  # (path in an annotation, file) of those that lie elsewhere
+        top = os.path.realpath(root)
+        pending, seen, count = [((), str(root))], {top}, 0
+        while pending:
+            folders, path = pending.pop()
+            for entry in list_folder(path):
+                count += 1
+                if count > MOST_FILES:
+                    raise UserError(f"{root}: more than {MOST_FILES:,} files; --data takes the folder of one dataset")
+                if entry.is_dir():
+                    real = os.path.realpath(entry.path)
+                    if real not in seen and (home is None or real.startswith(top.rstrip(os.sep) + os.sep)):
+                        seen.add(real)
+                        pending.append(((*folders, entry.name), entry.path))
+                        self.by_stem[entry.name + "/"].append(Place(folders, entry.name + "/", "", entry.path))
+                elif entry.is_file():
+                    *more, name = entry.name.split("\\")  # as an archive from Windows is unpacked elsewhere
+                    stem, suffix = os.path.splitext(name)
+                    self.by_stem[stem].append(Place((*folders, *more), stem, suffix.lower(), entry.path))
+
+    def places(self, suffixes):
+        """The files with one of some suffixes, in the order of their paths."""
+        return sorted((p for places in self.by_stem.values() for p in places if p.suffix in suffixes), key=by_path)
+
+    def images(self, stem):
+        """The images of a name, whatever their suffix."""
+        return [place for place in self.by_stem.get(stem, ()) if place.suffix in IMAGE_SUFFIXES]
+
+    def find(self, text, **where):
+        """The file or folder/ that a path in an annotation means -> Path, or None if there is none. Raises UserError.
+
+        The path may be another machine's or URL-encoded, with slashes or backslashes: its end decides, see `nearest`.
+        """
+        best = None
+        for spelled in dict.fromkeys((text, unquote(text))):
+            *folders, name = [name for name in re.split(r"[/\\]+", spelled) if name not in ("", ".")] or [""]
+            stem, suffix = (name + "/", "") if spelled.endswith("/") else os.path.splitext(name)
+            places = [place for place in self.by_stem.get(stem, ()) if place.suffix == suffix.lower()]
+            place = self.nearest(places, folders, text, **where)
+            if place and place.folders[len(place.folders) - len(folders) :] == tuple(folders):
+                return Path(place.file)
+            best = best or place
+        if best:
+            self.moved.append((text, best.file))
+        return best and Path(best.file)
+
+    def nearest(self, places, folders, text, near=(), parts=(), split=None):
+        """The Place among some of one name that fits best, or None. Raises UserError if two fit equally well.
+
+        It shares most folders at its end with `folders`; then it lies in the folder of its split, by its name `split`
+        or its kind, one of `parts`; then nearest to the folders `near`; then in images/. What lies in a folder of
+        another kind of split fits only if `folders` names that.
+        """
+        ranks = []
+        homes = [tuple(folders), ("images", *folders), (*near, *folders), (*near, "images", *folders)]
+        for place in places:
+            shared = len(os.path.commonprefix([place.folders[::-1], tuple(folders)[::-1]]))
+            others = {*parts_of(place.folders[: len(place.folders) - shared])} if parts else ()
+            is_own = 2 if split in place.folders else len(others & {*parts}) if others else 0
+            if others and not is_own:
+                continue
+            near_by = len(os.path.commonprefix([place.folders, tuple(near)]))
+            plain = homes.index(place.folders) if place.folders in homes else -1
+            in_images = place.folders[-1:] in (("images",), ("JPEGImages",))
+            ranks.append(((shared, is_own, near_by, plain, in_images), place))
+        ranks.sort(key=itemgetter(0), reverse=True)
+        if len(ranks) > 1 and ranks[0][0] == ranks[1][0]:
+            raise UserError(
+                f"{self.root}: {str(text)[:200]!r} could be {ranks[0][1].file} or {ranks[1][1].file}; "
+                "leave one of them, or name its folder in the annotations"
+            )
+        return ranks[0][1] if ranks else None
+
+    def locate(self, text, folders, **where):
+        """The file that a path in an annotation means -> Path: in one of `folders`, or else where `find` finds it.
+
+        A path that leads out of the dataset counts only if nothing in it fits. What does not exist keeps its name.
+        """
+        exists = next((folder / text for folder in folders if os.path.exists(folder / text)), None)
+        top = os.path.abspath(self.home or os.sep).rstrip(os.sep) + os.sep
+        if exists is not None and os.path.abspath(exists).startswith(top):
+            return exists
+        return self.find(text, **where) or exists or folders[0] / text.lstrip(os.sep)
+
+    def match(self, suffix):
+        """Annotation files, one for an image -> {image Place: annotation Place}, [annotation file without an image].
+
+        An annotation's image is the nearest one of its name. Raises UserError if an image has two.
+        """
+        matched, unmatched = {}, []
+        for place in self.places({suffix}):
+            where = {"near": place.folders, "parts": parts_of(place.folders)}
+            image = self.nearest(self.images(place.stem), place.folders, place.file, **where)
+            if image in matched:
+                raise UserError(f"{image.file}: {matched[image].file} and {place.file} are both for it; remove one")
+            if image:
+                matched[image] = place
+            else:
+                unmatched.append(place.file)
+        return matched, unmatched
+
+    def mentions(self, place, words):
+        """Whether a file holds all of some words, bytes; false if it can't be read."""
+        try:
+            require_inside(self.home, [Path(place.file)])
+            content = read_bytes(Path(place.file))
+        except UserError:
+            return False
+        return all(word in content for word in words)
+
+
+def list_folder(folder):
+    """The entries of a folder in the order of their names, without hidden ones, macOS's archives and broken links."""
+    try:
+        with os.scandir(folder) as entries:
+            entries = [e for e in entries if not e.name.startswith(".") and e.name != "__MACOSX"]
+    except OSError:
+        return []
+    return sorted((e for e in entries if not e.is_symlink() or os.path.exists(e.path)), key=attrgetter("name"))
+
+
+def depth(place):
+    return len(place.folders)
+
+
+def count_paths(paths, text):
+    """A line that counts some paths, if there are any -> [line]."""
+    paths = [str(path) for path in paths]
+    return [f"{len(paths)} {text}: {', '.join(paths[:3])}{', ...' if len(paths) > 3 else ''}"] if paths else []
+
+
+def listing(folder):
+    """The first names in a folder, for messages."""
+    names = sorted(p.name + ("/" if p.is_dir() else "") for p in folder.iterdir())
+    more = f" and {len(names) - 12} more" if len(names) > 12 else ""
+    return ", ".join(names[:12]) + more or "nothing"

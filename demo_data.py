@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from errors import UserError, run_script
+from errors import UserError, run_script, writing
 
 CLASSES = ("disc", "square", "triangle", "star", "cross")
 ATTEMPTS = 20  # to place a shape, before the image does without it
@@ -221,7 +221,10 @@ def main():
     out = Path(arguments.out or Path("data") / arguments.kind)
     if out.exists():
         raise UserError(f"{out}: already exists; delete it, or choose another --out")
-    make_demo(out, arguments.train, arguments.val, arguments.seed, KINDS[arguments.kind])
+    if min(arguments.train, arguments.val) < 1:
+        raise UserError("--train and --val have to be at least 1")
+    with writing(out, "; choose another --out"):
+        make_demo(out, arguments.train, arguments.val, arguments.seed, KINDS[arguments.kind])
     print(f"{out}: {arguments.train} + {arguments.val} images; python train.py --data {out}")
 
 

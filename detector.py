@@ -312,6 +312,9 @@ class ExportedDetector(Detector):
         self.value_range = about.get("value_range")
         self.tile = (image_size or min(height, width)) if tile == 0 else tile
 
+    def save(self, folder):
+        raise UserError("an exported file can't be saved as a folder; load the checkpoint that it was made from")
+
     def detect(self, images):
         results = []
         for image in images:

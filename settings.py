@@ -6,6 +6,7 @@ A setting without a default is chosen by `resolve_settings`, which prints its ch
 import argparse
 import math
 import os
+import re
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from devices import PRECISIONS, choose_device, choose_precision
 from ecdet_model import SIZES
 from errors import Offline, UserError
 from layouts import LAYOUTS
+from transforms import FLIPS
 
 VERSION = "1.0"  # see CHANGES.md
 
@@ -145,6 +147,13 @@ class Settings:
     )
     color_jitter: float = of_data(
         0.0, "X", "change brightness, contrast, saturation by up to this fraction (default 0)"
+    )
+    flip: str = of_data(
+        "horizontal",
+        None,
+        "how images may be mirrored: none (letters, left and right hands: the default if the classes are such), "
+        "horizontal (default), both, turns (also by 90 degrees: cells, aerial images)",
+        choices=FLIPS,
     )
     rotate: float = of_data(0.0, "DEG", "rotate by up to this many degrees (default 0)")
     plain_passes: int = of_data(8, "N", "passes over the data without augmentation, at the start (default 8)")
@@ -381,7 +390,7 @@ def resolve_settings(given, train, initial=None):
     refuse_ignored(s, given, train)
     before = dict(vars(s))
     resolve_model(s, train, initial)
-    resolve_data(s, train)
+    resolve_data(s, given, train)
     resolve_budget(s, train)
     resolve_optim(s, given, initial)
     resolve_run(s)
@@ -515,7 +524,9 @@ def enough_queries(train):
     return max(100, min(300, 10 * train.most_objects), 2 * train.most_objects)
 
 
-def resolve_data(s, train):
+def resolve_data(s, given, train):
+    if given.get("flip") is None and have_sides(train.classes):
+        s.flip = "none"
     smallest = 224 if s.backbone == "ecvit-nano" else 640
     choose(s, "image_size", 128 if s.data is None else choose_image_size(train, smallest))
     if s.recipe == "ecdet":
@@ -525,6 +536,14 @@ def resolve_data(s, train):
         choose(s, "plain_end", round(1 - published["plain_from"] / published["epochs"], 4))
     loading_is_cheap = s.image_size < 320 and choose_device().type != "cuda"
     choose(s, "workers", 0 if loading_is_cheap else min(4, os.cpu_count()))
+
+
+def have_sides(classes):
+    """Whether mirrored objects are of other classes, by the classes' names: of left and right, or of letters."""
+    names = {name.lower() for name in classes}
+    sides = any(name != (other := re.sub("left", "right", name)) and other in names for name in names)
+    letters = sum(len(name) == 1 and name.isalpha() for name in names)
+    return sides or letters >= 8 and letters > len(names) / 2
 
 
 def choose_image_size(split, smallest):

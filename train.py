@@ -207,6 +207,7 @@ def describe(model, s, device):
     weights = s.init or s.backbone_weights
     return (
         f"{s.detector} on {s.backbone} (weights: {weights}), {millions:.1f} M parameters, {device.type}, {s.precision}"
+        f"; images are flipped: {s.flip}"
     )
 
 
@@ -224,7 +225,7 @@ def build_loaders(run, divisor):
         worker_init_fn=distributed.start_worker,
         pin_memory=run.device.type == "cuda",
     )
-    augmentation = train_transforms(s.image_size, s.augment, s.color_jitter, s.rotate, s.square)
+    augmentation = train_transforms(s.image_size, s.augment, s.color_jitter, s.rotate, s.square, s.flip)
     dataset = DetectionDataset(train_split, augmentation, cache_bytes, detail_needed(s.image_size, s.augment))
     batches = EndlessBatches(
         len(dataset),

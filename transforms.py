@@ -215,6 +215,17 @@ class RandomZoom(RandomSizeCrop):
         return max(1, round(fraction * h)), max(1, round(fraction * w))
 
 
+class Transpose(v2.Transform):
+    """Swaps rows and columns; with flips, that turns an image by 90 degrees."""
+
+    def transform(self, inpt, params):
+        if isinstance(inpt, tv_tensors.BoundingBoxes):
+            return tv_tensors.wrap(inpt[:, [1, 0, 3, 2]], like=inpt, canvas_size=inpt.canvas_size[::-1])
+        if isinstance(inpt, tv_tensors.Image):  # the memory stays channels-last, which resizing is fast on
+            return tv_tensors.wrap(inpt.permute(2, 1, 0).contiguous().permute(2, 0, 1), like=inpt)
+        return inpt
+
+
 class RandomIoUCrop(v2.RandomIoUCrop):
     """torchvision's, except that it leaves out images a few pixels thin: there torchvision divides by zero."""
 
@@ -319,15 +330,15 @@ def mix_up(samples, fraction):
 # The transforms of training and evaluation
 
 
-def train_transforms(size=SHORT_SIDE, kind="zoom", color_jitter=0.0, rotate=0.0, square=False):
+def train_transforms(size=SHORT_SIDE, kind="zoom", color_jitter=0.0, rotate=0.0, square=False, flip="horizontal"):
     """-> PickOne for training.
 
     kind: "meta" is DETR's augmentation, "zoom" the default one, "strong" ECDet's; see meta_steps, zoom_steps and
-    strong_steps. All of them flip images horizontally; rotate: by up to so many degrees; color_jitter: the strength, 0
-    for none. Without a draw, the whole image is shown at `size`. square: images are resized to squares, whatever their
-    aspect ratio.
+    strong_steps. rotate: by up to so many degrees; color_jitter: the strength, 0 for none. Without a draw, the whole
+    image is shown at `size`. square: images are resized to squares, whatever their aspect ratio. flip: see FLIPS;
+    "turns" also turns half of the batches by 90 degrees, all images of one, so that they stay of one shape.
     """
-    before, after = [v2.RandomHorizontalFlip()], [ToDetector()]
+    before, after = [*FLIPS[flip]], [ToDetector()]
     if rotate:
         before.insert(0, v2.RandomRotation(rotate, interpolation=BILINEAR, fill=MEAN_FILL))
     if color_jitter:
@@ -338,8 +349,19 @@ def train_transforms(size=SHORT_SIDE, kind="zoom", color_jitter=0.0, rotate=0.0,
 
     plain = compose([resize_to([size], longest_side(size), square)])
     for_images, for_mosaics = AUGMENTATIONS[kind](size, square)
+    if flip == "turns":
+        for_images = [turned for steps in for_images for turned in (steps, [Transpose(), *steps])]
     # A larger tile than `size` would only be shrunk again.
     return PickOne(plain, [compose(steps) for steps in for_images], [compose(steps) for steps in for_mosaics], size)
+
+
+# Most things may be mirrored horizontally and stay what they are, but not letters or left and right hands
+FLIPS = {
+    "none": [],
+    "horizontal": [v2.RandomHorizontalFlip()],
+    "both": [v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()],
+    "turns": [v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()],
+}
 
 
 def meta_steps(size, square):

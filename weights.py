@@ -473,8 +473,8 @@ def convert_convnext(state, source):
     """Meta's DINOv3 ConvNeXt files."""
     state = dict(state)
     for kind in ("weight", "bias"):  # the last norm has two names in the original, norm and norms.3
-        twin = state.pop(f"norms.3.{kind}", None)
-        state[f"norm.{kind}"] = state.get(f"norm.{kind}") if twin is None else twin
+        if (twin := state.pop(f"norms.3.{kind}", None)) is not None:
+            state[f"norm.{kind}"] = twin
     return rename(state, CONVNEXT_NAMES)
 
 

@@ -11,9 +11,10 @@ from conftest import write_coco
 from PIL import Image
 from test_commands import called
 from torchvision import tv_tensors
-from torchvision.ops import box_iou
+from torchvision.ops import box_convert, box_iou
 
 import demo_data
+import transforms
 from datasets import DetectionDataset, EndlessBatches, collate, group_by_aspect_ratio
 from demo_data import CLASSES, draw_picture, make_demo, overlap
 from errors import UserError
@@ -525,15 +526,15 @@ def test_a_seed_decides_the_augmentation_and_leaves_the_global_generator_alone(t
 
 def test_a_data_set_can_be_sent_to_worker_processes(tiny_data):
     """Workers are not always forked: on macOS, and since Python 3.14 on Linux, they get it pickled."""
-    for transforms in (
+    for steps in (
         train_transforms(48),
         train_transforms(48, "meta", 0.3, 10),
         train_transforms(48, "strong"),
         eval_transforms(48),
     ):
-        data = pickle.loads(pickle.dumps(DetectionDataset(load_splits(tiny_data)[0], transforms)))
+        data = pickle.loads(pickle.dumps(DetectionDataset(load_splits(tiny_data)[0], steps)))
         assert torch.equal(
-            data[0, 1, 0.5, False][0], DetectionDataset(load_splits(tiny_data)[0], transforms)[0, 1, 0.5, False][0]
+            data[0, 1, 0.5, False][0], DetectionDataset(load_splits(tiny_data)[0], steps)[0, 1, 0.5, False][0]
         )
 
 
@@ -581,3 +582,32 @@ def test_tiny_shapes_and_crowds_are_drawn_by_a_command(tmp_path, monkeypatch, ca
         assert choose_image_size(train, 224) == 224  # what is so many pixels in the file is so many for the network
         status, _, err = called(demo_data.main, arguments, monkeypatch, capsys)
         assert status == 2 and "already exists" in err
+
+
+@pytest.mark.parametrize("kind", ["zoom", "meta", "strong"])
+@pytest.mark.parametrize("flip, ways", [("none", 1), ("horizontal", 2), ("both", 4), ("turns", 8)])
+def test_flips_and_turns_move_boxes_with_the_pixels(flip, ways, kind, monkeypatch):
+    """Three objects of different colours and one orientation that no flip or turn leaves alone."""
+    monkeypatch.setitem(transforms.AUGMENTATIONS, kind, lambda size, square: ([[]], [[]]))
+    image = torch.zeros(3, 60, 90, dtype=torch.uint8)
+    boxes = torch.tensor([[5.0, 5, 25, 15], [60, 5, 80, 25], [5, 40, 15, 55]])
+    for channel, (x1, y1, x2, y2) in enumerate(boxes.int().tolist()):
+        image[channel, y1:y2, x1:x2] = 255
+    target = {
+        "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(60, 90)),
+        "labels": torch.arange(3),
+        "area": torch.zeros(3),
+        "iscrowd": torch.zeros(3),
+    }
+    transform, seen = train_transforms(60, kind, flip=flip), set()
+    for seed in range(120):
+        torch.manual_seed(seed)
+        pixels, found = transform(tv_tensors.Image(image), target, (seed % 10) / 10)
+        height, width = pixels.shape[1:]
+        assert (height, width) in ((60, 90), (90, 60)) and found["size"].tolist() == [height, width]
+        places = box_convert(found["boxes"], "cxcywh", "xyxy") * torch.tensor([width, height] * 2)
+        for channel, (x1, y1, x2, y2) in zip(found["labels"].tolist(), places.round().int().tolist()):
+            bright = pixels[channel] > pixels[channel].min() + 1
+            assert bright[y1:y2, x1:x2].all() and bright.sum() == (y2 - y1) * (x2 - x1)
+        seen.add((height, tuple(map(tuple, places.round().int().tolist()))))
+    assert len(seen) == ways

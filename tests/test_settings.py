@@ -8,7 +8,7 @@ import torch
 import distributed
 from errors import UserError
 from optim import build_optimizers, learning_rate_factor, update_ema
-from settings import DEFAULTS, build_parser, resolve_settings
+from settings import DEFAULTS, Settings, build_parser, resolve_settings
 from train import count_pieces
 
 
@@ -200,6 +200,26 @@ def test_an_option_of_the_architecture_is_refused_beside_a_checkpoint():
         resolve_settings({"data": "mine", "distinct": 1.5}, pictures(800))
 
 
+@pytest.mark.parametrize(
+    "classes, flip",
+    [
+        (["cat", "dog"], "horizontal"),
+        (["left hand", "right hand"], "none"),
+        (["turn-Right", "turn-Left", "stop"], "none"),
+        (["left", "up"], "horizontal"),
+        (list("ABCDEFGHIJ"), "none"),
+        (list("0123456789"), "horizontal"),  # classes that have no names are called by their numbers
+        (["a", "b"], "horizontal"),
+    ],
+)
+def test_what_is_mirrored_depends_on_the_classes(classes, flip):
+    train = pictures(800)
+    train.classes = classes
+    assert resolve_settings({"data": "mine"}, train).flip == flip
+    assert resolve_settings({"data": "mine", "flip": "both"}, train).flip == "both"
+    assert Settings.from_config({"detector": "detr"}).flip == "horizontal"  # as in runs of before
+
+
 # What an option needs so that it isn't ignored: what it is given as, and settings with which it would be.
 # None: it always counts.
 NEEDS = {
@@ -241,6 +261,7 @@ ALWAYS = {
     "square",
     "color_jitter",
     "rotate",
+    "flip",
     "workers",
     "plain_passes",
     "plain_end",

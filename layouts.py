@@ -289,7 +289,8 @@ def read_coco(folder, train=None, val=None):
 
 
 def choose_coco_file(folder, files, words):
-    """The file with one of the words in its name or in its folder's; earlier words win. Raises UserError."""
+    """The file with one of the words in its name or in its folder's; earlier words win, then those nearest to the
+    top. Raises UserError."""
     matches = []
     for word in words:
         matches = matches or [place for place in files if word.lower() in coco_words(place)]
@@ -300,6 +301,7 @@ def choose_coco_file(folder, files, words):
         )
     if len(matches) > 1:
         matches = [place for place in matches if folder.mentions(place, COCO_KEYS)] or matches
+        matches = [place for place in matches if depth(place) == depth(matches[0])]  # sorted by that
     if len(matches) > 1:
         names = ", ".join(os.path.relpath(place.file, folder.root) for place in matches)
         raise UserError(f"{folder.root}: {names} could all be '{words[0]}'; choose with --train-split and --val-split")

@@ -213,6 +213,14 @@ def test_any_split_of_several_can_be_chosen(tmp_path):
     assert [s.name for s in load_splits(tmp_path, val_split="dev")] == ["train", "dev"]
 
 
+def test_the_annotations_nearest_to_the_top_count(tmp_path):
+    coco_parts(tmp_path)
+    shutil.copytree(tmp_path / "annotations", tmp_path / "backup" / "of yesterday" / "annotations")
+    assert [len(s.records) for s in load_splits(tmp_path)] == [3, 3]
+    shutil.copytree(tmp_path / "annotations", tmp_path / "again")
+    refused(tmp_path, "annotations/train.json.* could all be 'train'")
+
+
 def test_json_of_other_kinds_is_passed_over(tmp_path):
     for part in ("train", "val"):
         draw(tmp_path / part / "0.png")

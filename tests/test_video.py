@@ -166,7 +166,7 @@ def test_within_a_tile_nothing_is_suppressed_and_classes_are_apart():
 
 def test_a_detector_with_tiles_says_what_its_detector_finds_in_each(monkeypatch):
     whole = Detector.__new__(Detector)
-    whole.tile, whole.threshold, whole.classes = 256, 0.5, ["red"]
+    whole.tile, whole.threshold, whole.classes, whole.value_range = 256, 0.5, ["red"], None
     monkeypatch.setattr(whole, "detect", squares_in, raising=False)
     image = Image.new("RGB", (900, 300))
     ImageDraw.Draw(image).rectangle((240, 100, 269, 119), fill="red")

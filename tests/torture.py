@@ -57,7 +57,7 @@ def weights_of(run):
 
 def disturbed(base, times, signals, seed=0, steps=90, epoch=3):
     """Trains once undisturbed and once with a signal at each of `times` random moments, from before the first
-    checkpoint to the last -> (signals sent while it ran, the step that the last resumption began with).
+    checkpoint on -> (signals sent while it ran, the step that the last resumption began with).
 
     AssertionError where the end weights differ in one bit, where a file that says it is whole isn't, or where a run
     ended in no way that it may end in: killed, or, once it has begun to train, stopped and saved (130), or finished
@@ -69,13 +69,12 @@ def disturbed(base, times, signals, seed=0, steps=90, epoch=3):
     whole = start(*arguments, "--out", base / "whole")
     said = whole.communicate()[0]
     assert whole.returncode == 0, said
-    took = 60 * json.loads((base / "whole" / "log.jsonl").read_text().splitlines()[-1])["minutes"]
     run, sent, step = base / "disturbed", 0, 0
     while True:
         process = start("--resume", run) if (run / "last.pth").exists() else start(*arguments, "--out", run)
         if sent < times:
             try:
-                said = process.communicate(timeout=wait_for(process, run, rng, 1.5 + 3 * took / times))[0]
+                said = process.communicate(timeout=wait_for(process, run, rng, steps // (times + 1)))[0]
             except subprocess.TimeoutExpired:
                 given = signals[sent % len(signals)]
                 process.send_signal(given)
@@ -106,13 +105,24 @@ def disturbed(base, times, signals, seed=0, steps=90, epoch=3):
     return sent, step
 
 
-def wait_for(process, run, rng, longest):
-    """Seconds until the signal: from the moment that the training has begun, so that not only imports are killed."""
-    config = run / "config.json"
-    before = config.stat().st_mtime if config.exists() else 0
-    while process.poll() is None and not (config.exists() and config.stat().st_mtime > before):
-        time.sleep(0.01)
-    return 0.01 + rng.random() * longest
+def wait_for(process, run, rng, most):
+    """Seconds until the signal, after up to `most` steps: by a clock alone, a slow machine would be killed in imports.
+
+    config.json is written when the training begins, last.pth after every step.
+    """
+    steps, before = rng.randrange(most), time_of(run / "config.json")
+    while process.poll() is None and time_of(run / "config.json") == before:
+        time.sleep(0.002)
+    before = time_of(run / "last.pth")
+    while process.poll() is None and steps:
+        time.sleep(0.002)
+        now = time_of(run / "last.pth")
+        steps, before = steps - (now != before), now
+    return 0.001 + 0.05 * rng.random()
+
+
+def time_of(file):
+    return file.stat().st_mtime_ns if file.exists() else 0
 
 
 def tree_of(pid):

@@ -39,6 +39,7 @@ LARGEST = dict(
     image_size=10**4,
     patch_size=10**3,
 )
+SMALLEST_TILE = 32
 EARLIER = {"exact_sides": False, "attention": "global", "distinct": 0.0}  # what versions without these settings did
 
 
@@ -192,9 +193,19 @@ def check_settings(config, content):
     for key, largest in LARGEST.items():
         if config.get(key) is not None and not 1 <= config[key] <= largest:
             raise ValueError(f"{key} is not in 1 .. {largest:,}")
+    check_thresholds(content.get("thresholds"))
+    tile, data = config.get("tile"), config.get("data_from_run")
+    if tile is not None and not SMALLEST_TILE <= tile <= LARGEST["image_size"] or not isinstance(data, str | None):
+        raise ValueError("tile or data_from_run is out of range")
     low, high = config.get("value_range") or (0, 1)
     if not -math.inf < low <= high < math.inf:
         raise ValueError("value_range is not from a number to a larger one")
+
+
+def check_thresholds(found):
+    """Raises ValueError, KeyError or TypeError if these are not mistakes.find_thresholds' or None."""
+    if found is not None and not all(0 <= score <= 1 for score in (found["score"], *found["by_class"].values())):
+        raise ValueError("thresholds are not in 0 .. 1")
 
 
 # Fine-tuning: a new model starts from a checkpoint's weights
@@ -265,7 +276,7 @@ detections = detector("photo.jpg")
 def write_folder(content, folder):
     """Writes a checkpoint's dictionary as a folder for read_checkpoint and the Hugging Face hub. Raises UserError."""
     folder = Path(folder)
-    keys = [key for key in ("config", "classes", "category_ids", "figures") if key in content]
+    keys = [key for key in ("config", "classes", "category_ids", "figures", "thresholds") if key in content]
     rest = {"format": FORMAT} | {key: content[key] for key in keys}
     weights = {key: value.contiguous() for key, value in content["model"].items()}
     with writing(folder):

@@ -7,11 +7,15 @@ A target has `boxes` (T, 4), `labels` (T,) in 0..K-1 in the order of the split's
 """
 
 import argparse
+import contextlib
 import hashlib
 import itertools
+import json
 import math
 import random
+import sys
 from collections import Counter, defaultdict
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -45,6 +49,7 @@ class DetectionDataset(torch.utils.data.Dataset):
         self.split, self.transforms, self.detail = split, transforms, detail
         needed = sum(decoded_bytes(record, detail) for record in split.records)
         self.cache, self.room = {}, cache_bytes if needed <= cache_bytes else 0
+        self.latest = None, None  # path and image of the latest tile: the next one is often of the same image
 
     def __len__(self):
         return len(self.split.records)
@@ -90,7 +95,15 @@ class DetectionDataset(torch.utils.data.Dataset):
             return self.cache[index]
         record = self.split.records[index]
         try:
-            image = TF.pil_to_tensor(read_image(record.path, record.upright, self.detail, self.split.value_range))
+            if record.tile and self.latest[0] == record.path:
+                image = self.latest[1]
+            else:
+                detail = None if record.tile else self.detail
+                image = read_image(record.path, record.upright, detail, self.split.value_range)
+            if record.tile:
+                self.latest = record.path, image
+                image = image.crop(record.tile)
+            image = TF.pil_to_tensor(image)
         except Exception as error:  # it could be read when the run began
             raise UserError(f"{record.path}: can't be read any more ({error})") from None
         if image.nbytes <= self.room:
@@ -102,8 +115,80 @@ class DetectionDataset(torch.utils.data.Dataset):
 def decoded_bytes(record, detail):
     """The memory that a decoded image takes, if its file has the format that its suffix says."""
     is_jpeg = record.path.suffix.lower() in (".jpg", ".jpeg")
-    n = reduction(record.width, record.height, detail) if is_jpeg else 1
+    n = reduction(record.width, record.height, detail) if is_jpeg and not record.tile else 1
     return 3 * record.width * record.height // n**2
+
+
+# Tiles: windows of large images at their own resolution, for objects of a few pixels
+
+OVERLAP = 0.25  # of neighbouring tiles, as a fraction of their side
+ALIKE = 2  # bits of 64 in which the hashes of similar images differ at most
+SMALL = 16  # pixels of an object's side, the root of its area, with which it is hard to tell what it is
+VISIBLE = 0.4  # of an object's area: with less of it in a tile, it is none of the tile's objects
+
+
+def tiles_of(width, height, side):
+    """The tiles of an image, evenly spaced -> [(left, top, right, bottom)]."""
+    corners = [(x, y) for y in tile_starts(height, side) for x in tile_starts(width, side)]
+    return [(x, y, min(x + side, width), min(y + side, height)) for x, y in corners]
+
+
+def tile_starts(length, side):
+    """Where tiles of `side` pixels start along `length` pixels: evenly spaced, sharing at least OVERLAP of a side."""
+    if length <= side:
+        return [0]
+    count = 1 + math.ceil((length - side) / (side * (1 - OVERLAP)))
+    return [round(i * (length - side) / (count - 1)) for i in range(count)]
+
+
+def cut_into_tiles(split, side, for_training):
+    """A Split -> one of tiles of `side` pixels. An object that a tile cuts is clipped, or left out, see VISIBLE.
+
+    Images larger than a tile come in whole too, for their large objects. for_training: of the tiles without objects, at
+    most as many stay as there are with some. Raises UserError if no tile has any.
+    """
+    records, empty = [], []
+    for index, record in enumerate(split.records):
+        tiles = tiles_of(record.width, record.height, side)
+        if len(tiles) > 1:
+            records.append(replace(record, whole=index))
+        for tile in tiles:
+            part = cut(record, tile, index)
+            is_empty = for_training and part.ignored.all()
+            (empty if is_empty else records).append(part)
+    remarks = list(split.remarks)
+    if for_training and not any(record.tile and (~record.ignored).any() for record in records):
+        raise UserError(f"{split.name}: no object fits into a tile of {side} pixels; choose a larger --tile")
+    if for_training:
+        kept = sorted(random.Random(0).sample(range(len(empty)), min(len(empty), len(records))))
+        remarks.append(
+            f"{len(split.records)} images become {len(records)}, tiles of {side} pixels with objects and whole images; "
+            f"of {len(empty)} tiles without objects, {len(kept)} are used"
+        )
+        records += [empty[i] for i in kept]
+    return replace(split, records=records, remarks=remarks, whole=split, side=side)
+
+
+def cut(record, tile, index):
+    """The part of a Record in a tile; index: the record's."""
+    left, top, right, bottom = tile
+    corner, size = np.array([left, top] * 2), np.array([right - left, bottom - top] * 2)
+    boxes = (record.boxes - corner).clip(0, size)
+    sides = (boxes[:, 2:] - boxes[:, :2]).prod(1), (record.boxes[:, 2:] - record.boxes[:, :2]).prod(1)
+    fractions = sides[0] / sides[1].clip(1e-9)
+    keep = fractions >= VISIBLE
+    return replace(
+        record,
+        image_id=f"{record.image_id}/{left},{top}",
+        width=right - left,
+        height=bottom - top,
+        boxes=boxes[keep],
+        labels=record.labels[keep],
+        areas=(record.areas * fractions)[keep],
+        ignored=record.ignored[keep],
+        tile=tile,
+        whole=index,
+    )
 
 
 # Batches
@@ -304,6 +389,9 @@ def image_problems(train, val):
         for split in (train, val):
             repeated += [path for name, path in files if name == split.name][1:]
     lines = []
+    alike = [] if not train.records or not val.records else near_duplicates(train, val, set(leaked))
+    if alike:
+        lines.append(f"{len(alike)} images of {val.name} look like one of {train.name} ({first_paths(alike)})")
     if leaked:
         lines.append(
             f"{len(leaked)} images of {val.name} are in {train.name} too, byte by byte: "
@@ -312,6 +400,26 @@ def image_problems(train, val):
     if repeated:
         lines.append(f"{len(repeated)} images are duplicates within their split ({first_paths(repeated)})")
     return lines
+
+
+def near_duplicates(train, val, known):
+    """The paths of validation images that look like a training image; `known` are left out."""
+    ours, theirs = (torch.stack([difference_hash(r, split) for r in split.records]) for split in (val, train))
+    alike = []
+    for record, row in zip(val.records, ours):
+        agreeing = theirs @ row  # 64 less twice the number of bits that differ
+        if row.any() and record.path not in known and float(agreeing.max()) >= 64 - 2 * ALIKE:
+            alike.append(record.path)
+    return alike
+
+
+def difference_hash(record, split):
+    """(64,) of 1 and -1: whether each of 8 x 8 places in an image is brighter than the one to its left; 0: flat."""
+    image = read_image(record.path, record.upright, detail=72, value_range=split.value_range).convert("L")
+    grey = torch.from_numpy(np.asarray(image.resize((9, 8)), dtype=np.float32))
+    if float(grey.std()) < 2:
+        return torch.zeros(64)
+    return torch.where(grey[:, 1:] > grey[:, :-1], 1.0, -1.0).flatten()
 
 
 def class_problems(train, val):
@@ -334,6 +442,23 @@ def class_problems(train, val):
     if unused:
         lines.append(f"classes without any box: {', '.join(unused)}")
     return lines
+
+
+def advise_tiles(split, size):
+    """A line for the user if half of the objects are under SMALL pixels in images resized to `size`, and larger in the
+    files; else None."""
+    sides, shown = [], []
+    for record in split.records:
+        factor = resized_sides(record.height, record.width, size, longest_side(size))[0] / record.height
+        own = np.sqrt((record.boxes[:, 2:] - record.boxes[:, :2]).prod(1))
+        sides += own.tolist()
+        shown += (own * factor).tolist()
+    if not sides or np.median(shown) >= SMALL or np.median(sides) < 1.5 * np.median(shown):
+        return None
+    return (
+        f"half of the objects are under {np.median(shown):.0f} pixels at --image-size {size}, but "
+        f"{np.median(sides):.0f} in the files: train.py --tile 640 shows them at their own resolution"
+    )
 
 
 def count_labels(split):
@@ -387,6 +512,8 @@ def build_parser():
         "--allow-outside", action="store_true", help="files may lie outside of DIR, through links or absolute paths"
     )
     parser.add_argument("--large-images", action="store_true", help="open images that look like decompression bombs")
+    parser.add_argument("--json", action="store_true", help="print it as JSON: for each split its lines, and problems")
+    parser.add_argument("--strict", action="store_true", help="exit status 1 if anything is suspicious")
     parser.add_argument(
         "--out", default="samples.png", metavar="FILE", help="image of samples to write (default: samples.png)"
     )
@@ -396,24 +523,32 @@ def build_parser():
 def main():
     arguments = build_parser().parse_args()
     allow_large_images(arguments.large_images)
-    train, val = load_splits(
-        arguments.data,
-        arguments.train_split,
-        arguments.val_split,
-        arguments.skip_bad_images,
-        arguments.layout,
-        arguments.val_fraction,
-        allow_outside=arguments.allow_outside,
-    )
-    for line in [*describe(train), *describe(val)]:
-        print(line)
-    problems = find_problems(train, val)
-    print("suspicious: " + ("nothing" if not problems else ""))
-    for line in problems:
-        print(f"  {line}")
+    with contextlib.redirect_stdout(sys.stderr if arguments.json else sys.stdout):
+        train, val = load_splits(
+            arguments.data,
+            arguments.train_split,
+            arguments.val_split,
+            arguments.skip_bad_images,
+            arguments.layout,
+            arguments.val_fraction,
+            allow_outside=arguments.allow_outside,
+        )
+    from settings import choose_image_size  # which imports this file
+
+    advice = advise_tiles(train, choose_image_size(train, 640))
+    if arguments.val_fraction is not None and not train.is_fraction:
+        raise UserError(f"--val-fraction {arguments.val_fraction}: is for a dataset with one part only; leave it out")
+    problems = find_problems(train, val) + ([advice] if advice else [])
+    if arguments.json:
+        print(json.dumps({split.name: describe(split) for split in (train, val)} | {"problems": problems}))
+    else:
+        print("\n".join([*describe(train), *describe(val)]))
+        print("\n  ".join(["suspicious:", *problems] if problems else ["suspicious: nothing"]))
     with writing(arguments.out, "; choose another --out", also=[ValueError]):
         draw_sheet(train).save(arguments.out)
-    print(f"samples of {train.name} are in {arguments.out}")
+    print(f"samples of {train.name} are in {arguments.out}", file=sys.stderr if arguments.json else sys.stdout)
+    if arguments.strict and problems:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

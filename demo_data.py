@@ -25,25 +25,31 @@ SCALE = 4  # shapes are drawn this much larger, then shrunk, for smooth edges
 
 @dataclass
 class Kind:
-    """What the images of a dataset are like: side x side pixels, with a random number of shapes."""
+    """What the images of a dataset are like, with a random number of shapes."""
 
-    side: int = 128
+    width: int = 128
+    height: int = 128
     fewest: int = 1  # shapes
     most: int = 8
-    smallest: float = 0.08  # longer side of a shape, as a fraction of the image's
+    smallest: float = 0.08  # longer side of a shape, as a fraction of the image's shorter one
     largest: float = 0.4
     max_overlap: float = 0.2  # of two boxes: intersection over the smaller one's area
     max_iou: float = 1.0  # of two boxes
     stacked: float = 0.0  # fraction of shapes that are placed on another one
     min_visible: float = 0.0  # fraction of a shape that later ones leave uncovered
 
+    @property
+    def side(self):
+        return min(self.width, self.height)
+
 
 DEMO = Kind()
 KINDS = {
     "demo": DEMO,
-    "tiny": Kind(side=224, fewest=5, most=25, smallest=6 / 224, largest=14 / 224),
+    "tiny": Kind(224, 224, fewest=5, most=25, smallest=6 / 224, largest=14 / 224),
     "crowds": Kind(
-        side=224,
+        224,
+        224,
         fewest=8,
         most=30,
         smallest=0.16,
@@ -53,6 +59,7 @@ KINDS = {
         stacked=0.7,
         min_visible=0.3,
     ),
+    "large": Kind(3000, 2000, fewest=20, most=80, smallest=12 / 2000, largest=40 / 2000),
 }
 
 
@@ -72,12 +79,13 @@ def outline(shape, angle):
     return [(r * math.cos(a + angle), r * math.sin(a + angle)) for r, a in points]
 
 
-def textured_noise(rng, side):
-    """The sum of noise at several scales, each colour by itself: (side, side, 3) float in 0..255."""
-    total = np.zeros((side, side, 3))
-    for cells in (2, 4, 8, 16, 32, side):
-        grain = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
-        grain = grain.resize((side, side), Image.Resampling.BICUBIC)
+def textured_noise(rng, width, height):
+    """The sum of noise at several scales, each colour by itself: (height, width, 3) float in 0..255."""
+    total = np.zeros((height, width, 3))
+    for cells in (2, 4, 8, 16, 32, None):
+        rows, columns = (cells, cells) if cells else (height, width)
+        grain = Image.fromarray(rng.integers(0, 256, (rows, columns, 3), dtype=np.uint8))
+        grain = grain.resize((width, height), Image.Resampling.BICUBIC)
         total += (np.asarray(grain, dtype=float) - 127.5) * rng.uniform(0.1, 0.5)
     return (total + rng.uniform(60, 195, 3)).clip(0, 255)
 
@@ -97,8 +105,8 @@ class Scene:
 
     def __init__(self, rng, kind):
         self.rng, self.kind = rng, kind
-        self.pixels = textured_noise(rng, kind.side)  # (side, side, 3) float
-        self.owner = np.full((kind.side, kind.side), -1)  # the number of the shape on top, -1: none
+        self.pixels = textured_noise(rng, kind.width, kind.height)  # (height, width, 3) float
+        self.owner = np.full((kind.height, kind.width), -1)  # the number of the shape on top, -1: none
         self.boxes, self.labels = [], []  # boxes are xywh in pixels
         self.areas = []  # pixels of each shape, covered ones included
 
@@ -110,11 +118,13 @@ class Scene:
         box = (int(left + xs.min()), int(top + ys.min()), int(np.ptp(xs) + 1), int(np.ptp(ys) + 1))
         if any(overlap(box, o) > self.kind.max_overlap or iou(box, o) > self.kind.max_iou for o in self.boxes):
             return False
-        owner = self.owner.copy()
-        owner[top + ys, left + xs] = len(self.boxes)
-        visible = np.bincount(owner[owner >= 0], minlength=len(self.boxes))
-        if any(visible[i] < self.kind.min_visible * area for i, area in enumerate(self.areas)):
-            return False
+        owner = self.owner
+        if self.kind.min_visible:
+            owner = owner.copy()
+            owner[top + ys, left + xs] = len(self.boxes)
+            visible = np.bincount(owner[owner >= 0], minlength=len(self.boxes))
+            if any(visible[i] < self.kind.min_visible * area for i, area in enumerate(self.areas)):
+                return False
         colour = self.rng.uniform(0, 255, 3)
         window = self.pixels[top : top + mask.shape[0], left : left + mask.shape[1]]
         contrast = np.quantile(np.linalg.norm(window[ys, xs] - colour, axis=1), 0.1)
@@ -134,7 +144,7 @@ class Scene:
         points = np.array(outline(CLASSES[label], rng.uniform(0, 2 * math.pi)))
         points -= points.min(0)
         points *= rng.uniform(kind.smallest, kind.largest) * kind.side / points.max()
-        free = kind.side - points.max(0)
+        free = np.array([kind.width, kind.height]) - points.max(0)
         corner = rng.uniform(0, free)
         if kind.stacked and self.boxes and rng.random() < kind.stacked:
             x, y, w, h = self.boxes[rng.integers(len(self.boxes))]
@@ -143,7 +153,7 @@ class Scene:
 
 
 def draw_picture(rng, kind=DEMO):
-    """Draws an image -> uint8 (side, side, 3), boxes [(x, y, w, h)], labels."""
+    """Draws an image -> uint8 (height, width, 3), boxes [(x, y, w, h)], labels."""
     scene = Scene(rng, kind)
     for _ in range(rng.integers(kind.fewest, kind.most + 1)):
         for _ in range(ATTEMPTS):
@@ -191,7 +201,7 @@ def draw_split(folder, count, seed, kind):
         pixels, boxes, labels = draw_picture(np.random.default_rng([*seed, i]), kind)
         file_name = f"{i:05d}.jpg"
         Image.fromarray(pixels).save(folder / file_name, quality=95)
-        images.append({"id": i + 1, "file_name": file_name, "width": kind.side, "height": kind.side})
+        images.append({"id": i + 1, "file_name": file_name, "width": kind.width, "height": kind.height})
         for box, label in zip(boxes, labels):
             annotation = {
                 "id": len(annotations) + 1,

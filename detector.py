@@ -21,18 +21,20 @@ from torchvision import tv_tensors
 from torchvision.ops import box_iou
 from torchvision.transforms.v2 import functional as TF
 
-from checkpoint import LARGEST, load_detector, write_folder
-from datasets import collate, equal_batches
+from checkpoint import LARGEST, check_thresholds, load_detector, write_folder
+from datasets import OVERLAP, collate, equal_batches, tiles_of
 from devices import autocast, choose_precision, find_device
 from errors import UserError
+from mistakes import DEFAULT
 from transforms import MEAN, eval_transforms, longest_side, read_image, resized_sides, to_rgb
 
 
-def load(source, device=None, image_size=None, threshold=0.4, tile=None, precision="auto"):
+def load(source, device=None, image_size=None, threshold=None, tile=None, precision="auto"):
     """source: a checkpoint, see checkpoint.read_checkpoint, or a file of export.py -> Detector. Raises UserError.
 
     image_size: shortest side of the network's input (default: that of the training); threshold: lowest score that is
-    returned; tile: larger images are cut into tiles of that many pixels, 0 for image_size; precision: see
+    returned (default: that with the best F1 in validation, for some classes one of their own; 0.4 if the checkpoint
+    has none); tile: larger images are cut into tiles of that many pixels, 0 for image_size; precision: see
     devices.choose_precision; device: such as "cuda:1" (default: a GPU if there is one).
     """
     check_options(image_size, threshold)
@@ -50,8 +52,16 @@ def check_options(image_size, threshold):
     """Raises UserError."""
     if image_size is not None and not 1 <= image_size <= LARGEST["image_size"]:
         raise UserError(f"--image-size {image_size}: has to be in 1 .. {LARGEST['image_size']:,}")
-    if not 0 <= threshold <= 1:
+    if threshold is not None and not 0 <= threshold <= 1:
         raise UserError(f"--threshold {threshold}: has to be a score, in 0 .. 1")
+
+
+def thresholds_of(content, threshold):
+    """What a checkpoint or an exported file says, unless a threshold is given -> threshold, {class: its own}."""
+    found = content.get("thresholds")
+    if threshold is not None or not found:
+        return DEFAULT if threshold is None else threshold, {}
+    return found["score"], found["by_class"]
 
 
 class Detector:
@@ -61,15 +71,16 @@ class Detector:
     """
 
     def __init__(
-        self, model, postprocess, content, device, image_size=None, threshold=0.4, tile=None, precision="float32"
+        self, model, postprocess, content, device, image_size=None, threshold=None, tile=None, precision="float32"
     ):
         config = content["config"]
         image_size = image_size or config["image_size"]
         self.model, self.postprocess, self.content = model, postprocess, content
         self.classes, self.category_ids = content["classes"], content["category_ids"]
-        self.device, self.precision, self.threshold = device, precision, threshold
+        self.device, self.precision = device, precision
+        self.threshold, self.by_class = thresholds_of(content, threshold)
         self.autocast, self.value_range = autocast(precision, device), config.get("value_range")
-        self.tile = image_size if tile == 0 else tile
+        self.tile = image_size if tile == 0 else tile or config.get("tile")
         self.transform = eval_transforms(image_size, config.get("square", False), config["exact_sides"])
 
     def __call__(self, sources, threshold=None, batch_size=8):
@@ -79,7 +90,7 @@ class Detector:
         """
         if not isinstance(sources, (list, tuple)):
             return self([sources], threshold)[0]
-        detect = partial(self.detect_above, self.threshold if threshold is None else threshold)
+        detect = partial(self.detect_above, self.lowest_scores(threshold))
         results = []
         for start in range(0, len(sources), batch_size):
             images = [self.open(source) for source in sources[start : start + batch_size]]
@@ -95,11 +106,17 @@ class Detector:
         """A path, PIL image or array -> RGB PIL image, its values scaled as in training. Raises UserError."""
         return to_image(source, self.value_range)
 
-    def detect_above(self, threshold, images):
-        """`detect` without the detections whose score is below the threshold."""
+    def lowest_scores(self, threshold=None):
+        """The lowest score of each class that is returned (K,); threshold: of all classes."""
+        if threshold is not None:
+            return torch.full((len(self.classes),), threshold)
+        return torch.tensor([self.by_class.get(name, self.threshold) for name in self.classes])
+
+    def detect_above(self, lowest, images):
+        """`detect` without the detections whose score is below the `lowest` of their class."""
         results = []
         for detections in self.detect(images):
-            keep = detections["scores"] >= threshold
+            keep = detections["scores"] >= lowest[detections["labels"]]
             results.append({key: value[keep] for key, value in detections.items()})
         return results
 
@@ -211,42 +228,40 @@ def to_supervision(found):
 # Large images are cut into overlapping tiles, so that small objects keep their size; duplicates are merged.
 
 
-def detect_in_tiles(detect, image, side, overlap=0.25):
+def detect_in_tiles(detect, image, side):
     """detect: [PIL images] -> [{"scores", "labels", "boxes"}]; image: PIL -> the same for the whole of it, best first.
 
-    side: of a tile, in pixels of the image. An object that is no larger than the overlap is whole in at least one tile;
-    larger ones are also looked for in the whole image.
+    side: of a tile, in pixels of the image.
     """
-    corners = [
-        (x, y) for y in tile_starts(image.height, side, overlap) for x in tile_starts(image.width, side, overlap)
-    ]
+    tiles = tiles_of(image.width, image.height, side)
+    parts = [(None, detect([image])[0])] if len(tiles) > 1 else []
+    parts += [(tile, detect([image.crop(tile)])[0]) for tile in tiles]
+    return join_tiles(parts, image.width, image.height, side)
+
+
+def join_tiles(parts, width, height, side):
+    """[(tile, detections in it)] of an image -> the detections in all of it, best first.
+
+    An object that is no larger than the overlap of tiles is whole in at least one of them. Larger ones are also taken
+    from what was detected in the whole image, whose tile is None.
+    """
     found, cut, home = [], [], []
-    if len(corners) > 1:
-        detections = detect([image])[0]
-        sides = detections["boxes"][:, 2:] - detections["boxes"][:, :2]
-        large = sides.amax(1) > overlap * side
-        found.append({key: value[large] for key, value in detections.items()})
-        cut.append(torch.zeros(int(large.sum()), dtype=torch.bool))
-        home.append(torch.full((int(large.sum()),), -1))
-    for number, (x, y) in enumerate(corners):
-        tile = x, y, min(x + side, image.width), min(y + side, image.height)
-        detections = detect([image.crop(tile)])[0]
-        boxes = detections["boxes"] + torch.tensor([x, y, x, y])
-        found.append({**detections, "boxes": boxes})
-        cut.append(((boxes - inner_borders(tile, image.width, image.height)).abs() < 0.01 * side).any(1))
-        home.append(torch.full((len(boxes),), number))
+    for number, (tile, detections) in enumerate(parts):
+        boxes = detections["boxes"]
+        if tile is None:
+            large = (boxes[:, 2:] - boxes[:, :2]).amax(1) > OVERLAP * side
+            detections = {key: value[large] for key, value in detections.items()}
+            cut.append(torch.zeros(int(large.sum()), dtype=torch.bool))
+        else:
+            boxes = boxes + torch.tensor([*tile[:2], *tile[:2]])
+            detections = {**detections, "boxes": boxes}
+            cut.append(((boxes - inner_borders(tile, width, height)).abs() < 0.01 * side).any(1))
+        found.append(detections)
+        home.append(torch.full((len(detections["scores"]),), number))
     merged = {key: torch.cat([detections[key] for detections in found]) for key in found[0]}
     keep = merge(merged, torch.cat(cut), torch.cat(home))
     keep = keep[merged["scores"][keep].argsort(descending=True, stable=True)]
     return {key: value[keep] for key, value in merged.items()}
-
-
-def tile_starts(length, side, overlap):
-    """Where tiles of `side` pixels start along `length` pixels: evenly spaced, sharing at least `overlap` of a side."""
-    if length <= side:
-        return [0]
-    count = 1 + math.ceil((length - side) / (side * (1 - overlap)))
-    return [round(i * (length - side) / (count - 1)) for i in range(count)]
 
 
 def inner_borders(tile, width, height):
@@ -268,14 +283,13 @@ def merge(detections, cut, home, iou=0.5):
     cut (D,): whether the border of its tile cuts a box; home (D,): the number of its tile. Whole boxes come before cut
     ones, whatever their scores.
     """
-    boxes, labels, home = detections["boxes"], detections["labels"].tolist(), home.tolist()
+    boxes, labels = detections["boxes"], detections["labels"]
     order = torch.argsort(detections["scores"] - 2.0 * cut, descending=True, stable=True)
-    kept = []
+    kept = torch.zeros(len(boxes), dtype=torch.bool)
     for i in order.tolist():
-        rivals = [k for k in kept if labels[k] == labels[i] and home[k] != home[i]]
-        if not rivals or not is_duplicate(boxes[i], boxes[rivals], cut[i], iou):
-            kept.append(i)
-    return torch.tensor(kept, dtype=torch.long)
+        rivals = kept & (labels == labels[i]) & (home != home[i])
+        kept[i] = not is_duplicate(boxes[i], boxes[rivals], cut[i], iou)
+    return order[kept[order]]
 
 
 def is_duplicate(box, rivals, cut, iou):
@@ -296,7 +310,7 @@ def is_duplicate(box, rivals, cut, iou):
 class ExportedDetector(Detector):
     """A Detector from a file of export.py. If its graph has a fixed size, images are resized to fit and padded."""
 
-    def __init__(self, path, threshold=0.4, tile=None, image_size=None):
+    def __init__(self, path, threshold=None, tile=None, image_size=None):
         path = Path(path)
         if not path.is_file():
             raise UserError(f"{path}: no such file")
@@ -308,9 +322,14 @@ class ExportedDetector(Detector):
             )
         self.about = about | ({"image_size": image_size} if image_size else {})
         self.classes, self.category_ids = about["classes"], about["category_ids"]
-        self.device, self.threshold = torch.device("cpu"), threshold
+        self.device = torch.device("cpu")
+        try:
+            check_thresholds(about.get("thresholds"))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{path}: its thresholds are not those of export.py ({error})") from None
+        self.threshold, self.by_class = thresholds_of(about, threshold)
         self.value_range = about.get("value_range")
-        self.tile = (image_size or min(height, width)) if tile == 0 else tile
+        self.tile = (image_size or min(height, width)) if tile == 0 else tile or about.get("tile")
 
     def save(self, folder):
         raise UserError("an exported file can't be saved as a folder; load the checkpoint that it was made from")

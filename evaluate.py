@@ -3,7 +3,8 @@
 python evaluate.py runs/demo/best.pth                      on the data of the run
 python evaluate.py runs/mine/best.pth --data DIR
 python evaluate.py runs/mine/best.pth --doubles
-python evaluate.py runs/mine/best.pth --pictures report
+python evaluate.py runs/mine/best.pth --report             report.html, for any browser
+python evaluate.py runs/mine/best.pth --pictures DIR
 """
 
 import argparse
@@ -13,12 +14,11 @@ import io
 import multiprocessing
 import os
 import sys
+import time
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from functools import partial
-from operator import attrgetter
 from pathlib import Path
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # operations that Apple's GPUs lack run on the CPU
@@ -27,15 +27,28 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch.utils.data import DataLoader
-from torchvision.ops import batched_nms, box_iou
+from torchvision.ops import batched_nms
 
 import plots
 from checkpoint import data_of, load_detector
-from datasets import DetectionDataset, collate, evaluation_batches
+from datasets import DetectionDataset, collate, cut_into_tiles, evaluation_batches
+from detector import join_tiles, load
 from devices import PRECISIONS, autocast, choose_device, choose_precision
 from distributed import all_gather, broadcast, is_main_process, start_worker
 from errors import Offline, UserError, run_script, writing
 from layouts import LAYOUTS, load_splits
+from mistakes import (
+    DEFAULT,
+    DUPLICATE_IOU,
+    cases_of,
+    confusion,
+    describe_thresholds,
+    doubles,
+    find_thresholds,
+    judge,
+    worst,
+)
+from report import write_report
 from transforms import allow_large_images, eval_transforms, read_image
 
 NAMES = (
@@ -53,9 +66,8 @@ NAMES = (
     "AR_large",
 )
 COCO_LIMIT = 100  # detections of a class in an image that COCO's AP counts
+LOWEST_SCORE = 0.01  # of detections in tiles; there are many tiles
 MANY = 20_000  # detections from which on several processes pay off
-SCORE_THRESHOLD = 0.4  # mistakes and duplicates are looked for among detections with at least this score
-DUPLICATE_IOU = 0.7
 
 
 @torch.no_grad()
@@ -64,6 +76,7 @@ def evaluate(model, postprocess, loader, split, device, stop=None):
 
     With several processes, each one gets a part of the images, and all return the figures of the whole split.
     stop: called before every batch; once it returns True, the result is (None, None, None).
+    Of a Split of tiles, the result is that of the whole images.
     """
     model.eval()
     found = {}
@@ -73,10 +86,24 @@ def evaluate(model, postprocess, loader, split, device, stop=None):
         outputs = model(images.to(device, memory_format=torch.channels_last, non_blocking=True), mask)
         sizes = torch.stack([t["orig_size"] for t in targets]).to(device)
         for target, detections in zip(targets, postprocess(outputs, sizes)):
+            if split.whole is not None:
+                sure = detections["scores"] >= LOWEST_SCORE
+                detections = {key: value[sure] for key, value in detections.items()}
             found[target["image_id"]] = {key: value.cpu() for key, value in detections.items()}
     found = all_gather(found)
+    if split.whole is not None:  # which takes a while, so once is enough
+        split, found = split.whole, join_all(split, found) if is_main_process() else {}
     figures, curves = broadcast(measure(split, found) if is_main_process() else None)
     return figures, curves, found
+
+
+def join_all(tiles, found):
+    """A Split of tiles and the detections in them {index: ...} -> those in the whole images {record index: ...}."""
+    parts = defaultdict(list)
+    for index, tile in enumerate(tiles.records):
+        parts[tile.whole].append((tile.tile, found[index]))
+    sizes = [(record.width, record.height) for record in tiles.whole.records]
+    return {index: join_tiles(parts[index], *size, tiles.side) for index, size in enumerate(sizes)}
 
 
 # COCO's figures
@@ -265,133 +292,30 @@ def average_precision(precision):
     return float(precision[measured].mean()) if measured.any() else -1.0
 
 
-# Mistakes: objects taken for another class, detections without an object, missed objects
+# The report
 
 
-@dataclass
-class Case:
-    """A detection and the object it is matched with; one of them may be missing (None)."""
+def draw_report(split, findings, thresholds, curves, folder):
+    """Writes precision_recall.png, confusion.png and, if there are mistakes, mistakes.png -> their names in folder.
 
-    index: int  # of the image's record in its split
-    truth: int | None  # the object's label
-    detected: int | None  # the detection's label
-    score: float
-    box: list[float]  # xyxy pixels; the detection's, or the missed object's
-
-    @property
-    def area(self):
-        return (self.box[2] - self.box[0]) * (self.box[3] - self.box[1])
-
-
-def find_cases(split, found, threshold=SCORE_THRESHOLD, iou=0.5):
-    """Matches detections that score at least `threshold` with a Split's objects -> [Case].
-
-    found: {record index: detections}, as evaluate returns them. See match. Left out are unmatched detections over
-    ignored objects (crowds and difficult ones), and the ignored objects themselves.
+    findings, thresholds: see mistakes.py; curves: see measure.
     """
-    cases = []
-    for index, record in enumerate(split.records):
-        detections = found[index]
-        sure = detections["scores"] >= threshold
-        scores, labels, boxes = (detections[key][sure].cpu() for key in ("scores", "labels", "boxes"))
-        object_boxes, object_labels = torch.from_numpy(record.boxes).float(), torch.from_numpy(record.labels)
-        ignored = torch.from_numpy(record.ignored)
-
-        ious = box_iou(boxes, object_boxes)
-        overlaps, same_class = ious >= iou, labels[:, None] == object_labels
-        matches = match(scores, ious, overlaps & ~ignored, same_class)
-        over_ignored = overlaps[:, ignored].any(dim=1)
-
-        for i, box in enumerate(boxes.tolist()):
-            if i in matches:
-                cases.append(Case(index, int(object_labels[matches[i]]), int(labels[i]), float(scores[i]), box))
-            elif not over_ignored[i]:
-                cases.append(Case(index, None, int(labels[i]), float(scores[i]), box))
-        matched = set(matches.values())
-        for j, box in enumerate(object_boxes.tolist()):
-            if j not in matched and not ignored[j]:
-                cases.append(Case(index, int(object_labels[j]), None, 0.0, box))
-    return cases
-
-
-def match(scores, ious, allowed, same_class):
-    """Matches D detections with T objects, each at most once -> {index of a detection: index of its object}.
-
-    scores (D,); ious (D, T); allowed (D, T) and same_class (D, T) are masks. Best first, a detection takes the free
-    object of its class that it overlaps most. Those left over then take what is left of other classes.
-    """
-    matches, taken = {}, set()
-    order = scores.argsort(descending=True).tolist()
-    for candidates in (allowed & same_class, allowed):
-        for i in order:
-            if i in matches:
-                continue
-            free = [j for j in candidates[i].nonzero().flatten().tolist() if j not in taken]
-            if free:
-                matches[i] = max(free, key=ious[i].tolist().__getitem__)
-                taken.add(matches[i])
-    return matches
-
-
-def confusion(cases, classes):
-    """[Case] and the number of classes K -> counts (K + 1, K + 1).
-
-    Rows are the ground truth, columns the detected classes; the last of each stands for "nothing".
-    """
-    counts = np.zeros((classes + 1, classes + 1), dtype=int)
-    for case in cases:
-        row = classes if case.truth is None else case.truth
-        column = classes if case.detected is None else case.detected
-        counts[row, column] += 1
-    return counts
-
-
-def worst(cases, count=12):
-    """-> [Case], half of them the wrong detections with the highest scores, half the largest missed objects."""
-    wrong = [case for case in cases if case.detected is not None and case.detected != case.truth]
-    missed = [case for case in cases if case.detected is None]
-    wrong.sort(key=attrgetter("score"), reverse=True)
-    missed.sort(key=attrgetter("area"), reverse=True)
-    return wrong[: count // 2] + missed[: count // 2]
-
-
-def draw_report(split, found, curves, folder):
-    """Writes precision_recall.png, confusion.png and, if there are mistakes, mistakes.png -> their names in folder."""
 
     def load(index):
         record = split.records[index]
         return read_image(record.path, record.upright, value_range=split.value_range)
 
     names = ["precision_recall.png", "confusion.png"]
-    cases = find_cases(split, found)
+    cases = cases_of(findings, thresholds["score"])
     plots.draw_precision_recall(curves, split.classes, folder / "precision_recall.png")
     plots.draw_confusion(confusion(cases, len(split.classes)), split.classes, folder / "confusion.png")
-    mistakes = worst(cases)
-    if mistakes:
+    if mistakes := worst(cases):
         plots.draw_cases(mistakes, load, split.classes).save(folder / "mistakes.png")
         names.append("mistakes.png")
     return names
 
 
-# Duplicates: an object that is detected twice
-
-
-def doubles(split, found, threshold=SCORE_THRESHOLD, iou=DUPLICATE_IOU):
-    """The fraction of the detections that are duplicates, out of those that score at least `threshold`.
-
-    A duplicate overlaps a detection of its class with a higher score by more than `iou`, and has no object of its own.
-    split, found: see find_cases.
-    """
-    cases = [case for case in find_cases(split, found, threshold) if case.detected is not None]
-    duplicates = 0
-    for case in cases:
-        if case.truth == case.detected:
-            continue
-        detections = found[case.index]
-        is_better = (detections["scores"] > case.score) & (detections["labels"] == case.detected)
-        overlaps = box_iou(torch.tensor([case.box]), detections["boxes"][is_better].cpu())
-        duplicates += bool((overlaps > iou).any())
-    return duplicates / max(1, len(cases))
+# Duplicates
 
 
 def suppressed(found, iou):
@@ -437,12 +361,19 @@ def build_parser():
         help="also draw precision-recall curves, the confusion matrix and the worst mistakes into this folder",
     )
     parser.add_argument(
+        "--report",
+        nargs="?",
+        const="report.html",
+        metavar="FILE",
+        help="also write a page with the figures, and the images with their mistakes (default: report.html)",
+    )
+    parser.add_argument(
         "--doubles",
         "--duplicates",
         action="store_true",
         help="also print the fraction of duplicate detections, and the figures after non-maximum suppression (NMS)",
     )
-    parser.add_argument("--batch-size", type=int, default=8, metavar="B", help="images at a time (default 8)")
+    parser.add_argument("--batch-size", type=int, metavar="B", help="images at a time (default 8)")
     parser.add_argument(
         "--precision",
         default="auto",
@@ -470,6 +401,8 @@ def load_split(arguments, content):
         config.get("val_fraction"),
         arguments.allow_outside or of_run.get("allow_outside", False),
         only_val=True,
+        classes=config.get("classes"),
+        single_class=config.get("single_class", False),
     )
     if split.classes != content["classes"]:
         raise UserError(f"the data's classes {split.classes[:5]} are not the checkpoint's {content['classes'][:5]}")
@@ -483,7 +416,7 @@ def build_loader(split, arguments, config, divisor):
     return DataLoader(
         DetectionDataset(split, eval_transforms(*resizing)),
         collate_fn=partial(collate, divisor=divisor),
-        batch_sampler=evaluation_batches(split, arguments.batch_size, divisor, *resizing),
+        batch_sampler=evaluation_batches(split, arguments.batch_size or 8, divisor, *resizing),
     )
 
 
@@ -492,16 +425,51 @@ def print_figures(figures):
         print(f"{name:24s} {value:.3f}" if value >= 0 else f"{name:24s} -")
 
 
-def print_duplicates(split, found, figures):
+def print_duplicates(split, found, findings, figures):
     """Prints the fraction of duplicates, and the change that NMS would make to figures."""
     print(
-        f"of the detections with a score of at least {SCORE_THRESHOLD}, {doubles(split, found):.1%} are duplicates: "
+        f"of the detections with a score of at least {DEFAULT}, {doubles(findings):.1%} are duplicates: "
         f"a better one of the same class overlaps them by an IoU over {DUPLICATE_IOU}, and there is no second object"
     )
     for iou in (0.5, 0.6, 0.7, 0.8, 0.9):
         after_nms, _ = measure(split, suppressed(found, iou))
         changes = [f"{name} {after_nms[name]:.3f} ({after_nms[name] - figures[name]:+.3f})" for name in ("AP", "AP50")]
         print(f"NMS at IoU {iou}: {', '.join(changes)}")
+
+
+def evaluate_checkpoint(arguments, device):
+    """-> the Split, and evaluate's figures, curves and detections in it."""
+    precision = choose_precision(arguments.precision, device, training=False)
+    model, postprocess, content = load_detector(arguments.checkpoint, device)
+    split = load_split(arguments, content)
+    side = content["config"].get("tile")
+    shown = cut_into_tiles(split, side, for_training=False) if side else split
+    loader = build_loader(shown, arguments, content["config"], model.backbone.size_divisor)
+    with autocast(precision, device):
+        figures, curves, found = evaluate(model, postprocess, loader, shown, device)
+    return split, figures, curves, found
+
+
+def evaluate_exported(arguments):
+    """The same for a file of export.py, and prints how long an image takes. Raises UserError."""
+    if not arguments.data:
+        raise UserError(f"{arguments.checkpoint}: does not say what data it was trained with; give --data DIR")
+    if arguments.batch_size is not None:
+        raise UserError(f"--batch-size {arguments.batch_size}: an exported file gets image by image; leave it out")
+    options = {"image_size": arguments.image_size, "precision": arguments.precision}
+    detector, found, seconds = load(arguments.checkpoint, threshold=0.0, **options), {}, []
+    if detector.tile:
+        detector.threshold = LOWEST_SCORE
+    split = load_split(arguments, {"config": detector.about.get("data", {}), "classes": detector.classes})
+    split.value_range = detector.value_range
+    for index, record in enumerate(split.records):
+        image = read_image(record.path, record.upright, value_range=split.value_range)
+        started = time.perf_counter()
+        found[index] = detector(image)
+        del found[index]["names"]
+        seconds.append(time.perf_counter() - started)
+    print(f"{arguments.checkpoint}: {1000 * np.median(seconds):.1f} ms an image")
+    return split, *measure(split, found), found
 
 
 def main():
@@ -511,25 +479,30 @@ def main():
             f"--layout {arguments.layout}: is for --data; the run's own data is read as it was for training"
         )
     device = choose_device()
-    precision = choose_precision(arguments.precision, device, training=False)
-    model, postprocess, content = load_detector(arguments.checkpoint, device)
-    split = load_split(arguments, content)
-    loader = build_loader(split, arguments, content["config"], model.backbone.size_divisor)
-    with autocast(precision, device):
-        figures, curves, found = evaluate(model, postprocess, loader, split, device)
+    if Path(arguments.checkpoint).suffix in (".onnx", ".pt2"):
+        split, figures, curves, found = evaluate_exported(arguments)
+    else:
+        split, figures, curves, found = evaluate_checkpoint(arguments, device)
 
     remark = crowding(split)
     if remark:
         print(remark)
     print_figures(figures)
+    findings = judge(split, found)
+    thresholds = find_thresholds(findings)
+    print(describe_thresholds(thresholds))
     if arguments.doubles:
-        print_duplicates(split, found, figures)
+        print_duplicates(split, found, findings, figures)
     if arguments.pictures:
         folder = Path(arguments.pictures)
         with writing(folder, "; choose another --pictures"):
             folder.mkdir(parents=True, exist_ok=True)
-            names = draw_report(split, found, curves, folder)
+            names = draw_report(split, findings, thresholds, curves, folder)
         print(f"{', '.join(names)} are in {folder}")
+    if arguments.report:
+        with writing(arguments.report, "; choose another --report"):
+            write_report(arguments.report, arguments.checkpoint, split, findings, thresholds, figures, curves)
+        print(f"{arguments.report}: open it in a browser")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from errors import Offline, UserError, run_script, writing
 from transforms import MEAN, STD, allow_large_images
 from weights import first_line
 
+OF_DATA = ("train_split", "val_split", "val_fraction", "classes", "single_class")  # how the run's data was read
 SCORES_WITHIN, BOXES_WITHIN = 1e-3, 0.5  # how far an exported detection may be off: in score, and in pixels
 
 
@@ -116,6 +117,9 @@ def metadata_of(content, height, width, divisor):
         "value_range": config.get("value_range"),
         "divisor": divisor,
         "image_size": config["image_size"],
+        "thresholds": content.get("thresholds"),
+        "tile": config.get("tile"),
+        "data": {key: config.get(key) for key in OF_DATA},
     }
 
 

@@ -5,6 +5,7 @@
     python infer.py folder/ 'more/*.png' --checkpoint runs/mine/best.pth --threshold 0.3
     python infer.py clip.mp4                             frame by frame; a number is a camera, Ctrl-C ends it
     python infer.py large.jpg --tile 640                 in overlapping tiles of 640 pixels
+    python infer.py folder/ --labels yolo --least-sure 9 a dataset to correct by hand; what to label next
 
 Writes the images and videos with their boxes, and detections.json in COCO's results format, into --out; sound is left
 out. No input is ever overwritten, and a file that can't be read costs no other: the exit status is then 2. Ctrl-C keeps
@@ -19,15 +20,20 @@ import signal
 import sys
 import time
 from collections import Counter
+from contextlib import nullcontext
 from fractions import Fraction
 from functools import partial
 from itertools import chain, count, islice
+from operator import itemgetter
 from pathlib import Path
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what Apple's GPUs can't do yet then runs on the CPU
+from annotations import DatasetWriter
 from detector import load
 from devices import PRECISIONS
 from errors import Offline, UserError, run_script, writing
+from layouts import LAYOUTS
+from mistakes import doubt
 from plots import draw_boxes
 from transforms import IMAGE_SUFFIXES, allow_large_images, read_image
 
@@ -50,7 +56,10 @@ def parse_arguments():
         "hub such as Intellindust/ECDet_S (default: the newest runs/*/best.pth)",
     )
     parser.add_argument(
-        "--threshold", type=float, default=0.4, metavar="T", help="lowest score that is shown (default 0.4)"
+        "--threshold",
+        type=float,
+        metavar="T",
+        help="lowest score that is shown (default: that with the best F1 in validation, or 0.4)",
     )
     parser.add_argument(
         "--image-size", type=int, metavar="S", help="shortest side, or both (default: that of the training)"
@@ -76,8 +85,16 @@ def parse_arguments():
         help="open images that look like decompression bombs, such as large scans",
     )
     parser.add_argument("--out", default="detections", metavar="DIR", help="default: detections")
+    parser.add_argument(
+        "--labels", choices=LAYOUTS, help="also write the images and what is detected as a dataset, into OUT/dataset"
+    )
+    parser.add_argument(
+        "--least-sure", type=int, metavar="N", help="list the N images whose detections are the most doubtful"
+    )
     parser.add_argument("--offline", action=Offline)
     arguments = parser.parse_args()
+    if arguments.least_sure is not None and arguments.least_sure < 1:
+        raise UserError(f"--least-sure has to be at least 1, not {arguments.least_sure}")
     if arguments.tile is not None and arguments.tile < 0:
         raise UserError(f"--tile has to be more than 0, not {arguments.tile}")
     return arguments
@@ -88,6 +105,8 @@ def main():
     allow_large_images(arguments.large_images)
     paths = find_files(arguments.paths)
     if any(is_video(path) for path in paths):
+        if arguments.labels or arguments.least_sure:
+            raise UserError("--labels and --least-sure are for images; leave out videos and cameras")
         require_av(next(path for path in paths if is_video(path)))
     out = Path(arguments.out)
     names = output_names(paths, out)
@@ -105,10 +124,13 @@ def main():
     print(f"{checkpoint}: {len(detector.classes)} classes; {len(paths)} files; {detector.device.type}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what is done is kept
     try:
-        failed = detect_in_files(paths, names, detector, out)
+        with dataset_of(arguments, detector, out) as dataset:
+            failed, doubts = detect_in_files(paths, names, detector, out, dataset, arguments.least_sure)
     except KeyboardInterrupt:
         print(f"stopped; what was done is in {out / 'detections.json'}")
         raise
+    for path, value in sorted(doubts.items(), key=itemgetter(1), reverse=True)[: arguments.least_sure or 0]:
+        print(f"to label next: {path} (doubt {value:.2f})")
     if failed:
         more = f"; and {len(failed) - 10} more, see above" if len(failed) > 10 else ""
         raise UserError(
@@ -148,39 +170,64 @@ def newest_checkpoint():
     return checkpoints[-1]
 
 
-def detect_in_files(paths, names, detector, out):
-    """Writes the results for images and videos into the folder `out` -> messages about the files that failed.
+def dataset_of(arguments, detector, out):
+    """The dataset that --labels asks for; without it, nothing. Raises UserError."""
+    if arguments.labels is None:
+        return nullcontext()
+    return DatasetWriter(out / "dataset", arguments.labels, detector.classes, detector.category_ids)
 
-    names: of the outputs, see output_names. Ctrl-C ends it, with detections.json of what was done.
+
+def detect_in_files(paths, names, detector, out, dataset=None, least_sure=None):
+    """Writes the results for images and videos into the folder `out` -> messages about the files that failed,
+    {path of an image: its doubt} if least_sure, see mistakes.doubt.
+
+    names: of the outputs, see output_names; dataset: an annotations.DatasetWriter for the images. Ctrl-C ends it, with
+    detections.json of what was done.
     """
-    failed, seconds, count = [], 0.0, 0
+    failed, doubts, seconds, count = [], {}, 0.0, 0
     with JsonList(out / "detections.json") as results:
         for path, name in zip(paths, names):
             try:
                 if is_video(path):
                     detect_in_frames(path, name, out / f"{name}.mp4", detector, results)
                 else:
-                    seconds += detect_in_image(path, name, out / f"{name}.jpg", detector, results)
-                    count += 1
+                    lowest = detector.threshold / 4 if least_sure else None  # see mistakes.doubt
+                    image, found, took = detect_in_image(path, name, out / f"{name}.jpg", detector, results, lowest)
+                    seconds, count = seconds + took, count + 1
+                    if least_sure:
+                        doubts[path] = doubt(found["scores"].numpy(), detector.threshold)
+                    if dataset:
+                        dataset.add(path, name, image.size, above(found, detector))
             except Exception as error:  # PIL raises exceptions of many types for broken files, torch for odd sizes
                 failed.append(say_failure(path, error))
     speed = f", {count / max(seconds, 1e-9):.1f} images/s" if count else ""
     print(f"{results.count} detections in {count} images{speed}; written to {out}/")
-    return failed
+    return failed, doubts
 
 
-def detect_in_image(path, name, out, detector, results):
-    """Writes the rows of an image to `results` and its drawing to `out` -> seconds that detection took."""
+def detect_in_image(path, name, out, detector, results, lowest=None):
+    """Writes the rows of an image to `results` and its drawing to `out` -> image, detections, seconds they took.
+
+    lowest: the returned detections go down to this score, not only to those that are written.
+    """
     image = read_image(path, value_range=detector.value_range)
     started = time.time()
-    found = detector(image)
+    everything = detector(image) if lowest is None else detector(image, threshold=lowest)
     seconds = time.time() - started
+    found = everything if lowest is None else above(everything, detector)
     print(f"  {path.name:30s} {count_by_name(found['names'])}")
     results.extend(rows_of(found, detector, {"image_id": name, "file_name": str(path)}))
     drawn = draw_boxes(image, found["boxes"], found["labels"], detector.classes, found["scores"])
     with writing(out, also=[ValueError]):
         drawn.save(out, quality=92)
-    return seconds
+    return image, everything, seconds
+
+
+def above(found, detector):
+    """The detections that reach their class's threshold."""
+    keep = found["scores"] >= detector.lowest_scores()[found["labels"]]
+    names = [name for name, is_kept in zip(found["names"], keep.tolist()) if is_kept]
+    return {key: found[key][keep] for key in ("scores", "labels", "boxes")} | {"names": names}
 
 
 def say_failure(path, error):

@@ -59,6 +59,8 @@ class Record:
     ignored: np.ndarray
     upright: bool = True  # False: the boxes refer to the stored pixels, before any EXIF rotation
     relative: bool = False  # True: boxes and areas are fractions of the image's, whose size is not known yet
+    tile: tuple | None = None  # (left, top, right, bottom) in the image, if this is a part of it, see cut_into_tiles
+    whole: int = -1  # the index, in its split, of the record that it is a part of
 
 
 @dataclass
@@ -73,6 +75,8 @@ class Split:
     umbrella: int | None = None  # the label of a class that may stand for all others, see leave_out_umbrella
     is_fraction: bool = False  # the dataset has one part only, and this is a fraction of it, see divide
     value_range: tuple | None = None  # of images with more than 8 bits, see transforms.common_range
+    whole: "Split | None" = None  # what this Split holds the tiles of, see datasets.cut_into_tiles
+    side: int | None = None  # of these tiles
 
     @property
     def most_objects(self):
@@ -96,6 +100,8 @@ def load_splits(
     val_fraction=None,
     allow_outside=False,
     only_val=False,
+    classes=None,
+    single_class=False,
 ):
     """Reads and checks the dataset in a folder -> [training Split, validation Split]. Raises UserError.
 
@@ -106,6 +112,7 @@ def load_splits(
     val_fraction: of the images of a dataset with one part only, chosen with a fixed seed; None is VAL_FRACTION.
     allow_outside: files may lie outside of the folder, through links, `..` or absolute paths.
     only_val: no training image is opened; the training annotations only give the classes.
+    classes: "a,b", those to keep; single_class: all of them become one, "object".
 
     Prints the layout and what belongs to no split.
     """
@@ -121,6 +128,8 @@ def load_splits(
     if len(splits) == 1:
         splits = divide(splits[0], VAL_FRACTION if val_fraction is None else val_fraction, root)
     leftover = leftovers(folder, splits)
+    for split in splits:
+        choose_classes(split, classes, single_class, root)
     for split in splits[1:] if only_val else splits:
         if not split.records:
             raise UserError(f"{root}: the split '{split.name}' has no images")
@@ -141,6 +150,33 @@ def load_splits(
     for line in leftover:
         print(f"{root}: {line}")
     return splits
+
+
+def choose_classes(split, classes, single_class, root):
+    """Leaves out all objects of other classes than "a,b", and makes one class of those that stay, in place.
+
+    Raises UserError for a class that is not there.
+    """
+    names = [name.strip() for name in classes.split(",")] if classes else split.classes
+    for name in names:
+        if name not in split.classes:
+            there = ", ".join(split.classes[:20])
+            raise UserError(f"{root}: --classes {classes}: there is no class '{name}'; there are: {there}")
+    kept = [label for label, name in enumerate(split.classes) if name in names]
+    new_labels = np.full(len(split.classes), -1)
+    new_labels[kept] = 0 if single_class else np.arange(len(kept))
+    left_out = 0
+    for record in split.records:
+        labels = new_labels[record.labels]
+        keep = labels >= 0
+        left_out += int((~keep).sum())
+        record.boxes, record.labels, record.areas, record.ignored = (
+            values[keep] for values in (record.boxes, labels, record.areas, record.ignored)
+        )
+    split.classes = ["object"] if single_class else [split.classes[label] for label in kept]
+    split.category_ids = [1] if single_class else [split.category_ids[label] for label in kept]
+    if left_out:
+        split.remarks.append(f"{left_out} boxes of other classes are left out (--classes)")
 
 
 def divide(whole, val_fraction, root):

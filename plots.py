@@ -16,6 +16,8 @@ PALETTE = [
     "#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#46f0f0", "#f032e6", "#bcf60c", "#fabebe", "#008080",
     "#e6beff", "#9a6324", "#fffac8", "#800000", "#aaffc3", "#808000", "#ffd8b1", "#000075", "#ffe119", "#808080",
 ]  # fmt: skip
+# By mistakes.KINDS, what is wrong with a detection that has no object
+NOTHING = ("wrong class", "badly placed", "wrong class, badly placed", "a double", "nothing there")
 WRONG, MISSED = "#e6194b", "#ffe119"  # colours of boxes in draw_cases
 LINE_STYLES = ["-", "--", ":", "-.", (0, (1, 4))]
 HEADING_HEIGHT = 34
@@ -214,7 +216,7 @@ def draw_samples(samples, names):
 
 
 def draw_cases(cases, load, names, side=300):
-    """[evaluate.Case] -> PIL image: a crop around each of them, with a line above it that says what went wrong.
+    """[mistakes.Case] -> PIL image: a crop around each of them, with a line above it that says what went wrong.
 
     load: record index -> PIL image.
     """
@@ -244,13 +246,13 @@ def crop_around(image, box, side):
 
 
 def describe_case(case, names):
-    """What went wrong in an evaluate.Case, in a few words."""
+    """What went wrong in a mistakes.Case, in a few words."""
     truth = None if case.truth is None else drawable_name(names[case.truth], case.truth)
     if case.detected is None:
         return f"missed: {truth}"
     detected = f"{drawable_name(names[case.detected], case.detected)} {case.score:.2f}"
     if truth is None:
-        return f"{detected}, nothing there"
+        return f"{detected}, {NOTHING[case.kind]}"
     return f"{detected}, is {truth}"
 
 
@@ -377,7 +379,7 @@ def draw_precision_recall(curves, names, out):
 
 
 def draw_confusion(counts, names, out):
-    """Draws counts (K + 1, K + 1) of evaluate.confusion into the file `out`: colours are fractions of a row.
+    """Draws counts (K + 1, K + 1) of mistakes.confusion into the file `out`: colours are fractions of a row.
 
     Numbers are added if there is room.
     """

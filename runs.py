@@ -22,16 +22,19 @@ from tqdm import tqdm
 import distributed
 import plots
 from checkpoint import read_checkpoint, save_checkpoint, write_atomically
+from datasets import DetectionDataset, cut_into_tiles
 from devices import autocast
 from errors import UserError
 from evaluate import draw_report, evaluate
+from mistakes import describe_thresholds, find_thresholds, judge
+from report import write_report
 
 try:
     import fcntl
 except ImportError:  # Windows has no such locks
     fcntl = None
 
-REPORT = ("precision_recall.png", "confusion.png")  # of a run that ended; mistakes.png only if there are any
+REPORT = ("precision_recall.png", "confusion.png", "report.html")  # of a run that ended
 EVALUATION_COST = 9  # by default there are as many seconds of training to each one of evaluation
 RENAMED = {"spent": "train_seconds", "best": "best_ap", "sums": "loss_sums", "counted": "loss_count"}  # in older files
 
@@ -58,6 +61,7 @@ class Run:
 
     def __init__(self, s, train, val, model, ema, optimizers, device, saved=None, given=None):
         self.s, self.train, self.val, self.device, self.given = s, train, val, device, given
+        self.shown = cut_into_tiles(val, s.tile, for_training=False) if s.tile else val  # in evaluation
         self.model, self.ema, self.optimizers = model, ema, optimizers
         self.detector = model if ema is None else ema  # what is evaluated and kept
         self.scaler = torch.amp.GradScaler(device.type, enabled=s.precision == "float16")
@@ -83,7 +87,7 @@ class Run:
         buffers = model.named_buffers()
         self.statistics = [b for name, b in buffers if name.endswith(("running_mean", "running_var"))]
         self.statistics_before = [b.clone() for b in self.statistics]
-        self.board = self.bar = None
+        self.trackers, self.bar = [], None
 
     def __enter__(self):
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -92,7 +96,7 @@ class Run:
             if self.is_main:
                 resources.enter_context(locked(self.folder))
                 open_folder(self.folder, self.s, self.state.step, self.resumed)
-                self.board = open_board(self.folder) if self.s.tensorboard else None
+                self.trackers = open_trackers(self.folder, self.s)
             self.resources = resources.pop_all()
         layout = "{desc} {percentage:3.0f}% {bar:20} {postfix}"
         self.bar = tqdm(total=100, bar_format=layout, disable=None if self.is_main else True, leave=False)
@@ -263,13 +267,13 @@ class Run:
             self.best_result = detections, curves
             self.save("best.pth", figures=self.figures)
             if self.is_main:
-                samples = draw_samples(loader.dataset, detections, self.val.classes)
+                samples = draw_samples(DetectionDataset(self.val, None), detections, self.val.classes)
                 samples.save(self.folder / "val_samples.png")
 
     def measure(self, postprocess, loader, stop):
         distributed.broadcast_buffers(self.detector)
         with autocast(self.s.precision, self.device):
-            return evaluate(self.detector, postprocess, self.loading(loader), self.val, self.device, stop)
+            return evaluate(self.detector, postprocess, self.loading(loader), self.shown, self.device, stop)
 
     def finish_epoch(self):
         """Writes a line of log.jsonl, the curves and the checkpoints that are due."""
@@ -283,8 +287,12 @@ class Run:
                 log.write(json.dumps(row) + "\n")
             if figures is not None:
                 plots.draw_curves(self.folder / "log.jsonl", self.folder / "curves.png")
-        if self.board is not None:
-            log_scalars(self.board, row)
+        for log in list(self.trackers):
+            try:
+                log(scalars_of(row), row["step"])
+            except Exception as error:  # a server that is gone costs no training
+                self.trackers.remove(log)
+                tqdm.write(f"warning: a tracker is left out from now on ({type(error).__name__}: {error})")
         measured = f"AP {row['AP']:.3f}  AP50 {row['AP50']:.3f}" if figures else "AP -"
         loss = sum(row["losses"].values())
         tqdm.write(f"epoch {epoch:3d}  {state.train_seconds / 60:5.1f} min  loss {loss:7.3f}  {measured}")
@@ -337,12 +345,26 @@ class Run:
             print(f"stopped after step {self.step}; go on with: python train.py --resume {self.folder}")
             return 130
         if self.best_result is not None and self.is_main:
-            draw_report(self.val, *self.best_result, self.folder)
+            self.report(best)
         minutes = self.state.train_seconds / 60
         result = f"best AP {self.state.best_ap:.3f} after {minutes:.1f} minutes of training"
         print(f"{result}; curves and pictures are in {self.folder}. To detect:")
         print(f"  python infer.py IMAGE --checkpoint {best}")
         return 0
+
+    def report(self, best):
+        """Writes the report of the best epoch, and adds the thresholds that were found to best.pth."""
+        content, (detections, curves) = read_checkpoint(best), self.best_result
+        findings = judge(self.val, detections)
+        thresholds = find_thresholds(findings)
+        save_checkpoint(best, content | {"thresholds": thresholds})
+        draw_report(self.val, findings, thresholds, curves, self.folder)
+        log = [json.loads(row) for row in read_rows(self.folder / "log.jsonl")]
+        figures = content.get("figures", {})
+        write_report(
+            self.folder / "report.html", str(self.folder), self.val, findings, thresholds, figures, curves, log
+        )
+        print(describe_thresholds(thresholds))
 
     @property
     def is_reported(self):
@@ -524,24 +546,59 @@ def read_rows(log):
     return [line for line in lines if line.endswith("}\n")]
 
 
-def open_board(folder):
-    """TensorBoard's writer."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("--tensorboard: TensorBoard is not installed; pip install tensorboard") from None
-    return SummaryWriter(str(folder))
+def open_trackers(folder, s):
+    """-> [function of {name: value} and a step], one for each tracker that was asked for. Raises UserError."""
+    trackers = []
+    for name, open_tracker in (("tensorboard", to_tensorboard), ("wandb", to_wandb), ("mlflow", to_mlflow)):
+        if getattr(s, name):
+            try:
+                trackers.append(open_tracker(folder, vars(s)))
+            except ImportError:
+                raise UserError(f"--{name}: {name} is not installed; pip install {name}") from None
+            except Exception as error:  # no server, no account: they raise many kinds
+                raise UserError(f"--{name}: {type(error).__name__}: {error}") from None
+    return trackers
 
 
-def log_scalars(board, row):
-    """Sends a line of log.jsonl to TensorBoard."""
+def to_tensorboard(folder, config):
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(folder))
+
+    def log(scalars, step):
+        for name, value in scalars.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+
+    return log
+
+
+def to_wandb(folder, config):
+    import wandb
+
+    run = wandb.init(dir=str(folder), name=folder.name, config=config)
+    return lambda scalars, step: run.log(scalars, step=step)
+
+
+def to_mlflow(folder, config):
+    import mlflow
+
+    mlflow.start_run(run_name=folder.name)
+    mlflow.log_params({key: str(value)[:250] for key, value in config.items()})
+
+    def log(scalars, step):
+        mlflow.log_metrics({re.sub(r"[^\w./ -]", "_", name): value for name, value in scalars.items()}, step=step)
+
+    return log
+
+
+def scalars_of(row):
+    """A line of log.jsonl -> {name: value} for trackers."""
     scalars = {f"losses/{name.removeprefix('loss_')}": value for name, value in row["losses"].items()}
     for name, value in row.items():
         if name.startswith(("AP", "AR", "class/")) and value >= 0:
             scalars[f"validation/{name}"] = value
-    for name, value in (scalars | {"lr": row["lr"], "loss": sum(row["losses"].values())}).items():
-        board.add_scalar(name, value, row["step"])
-    board.flush()
+    return scalars | {"lr": row["lr"], "loss": sum(row["losses"].values())}
 
 
 def draw_samples(dataset, detections, classes, count=6, threshold=0.4):

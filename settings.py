@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from backbones import PYRAMIDS, find_spec
+from checkpoint import SMALLEST_TILE
+from datasets import advise_tiles
 from detr_model import ATTENTION, DETECTORS
 from devices import PRECISIONS, choose_device, choose_precision
 from ecdet_model import SIZES
@@ -137,6 +139,13 @@ class Settings:
     )
     square: bool = of_data(
         False, None, "resize to a square instead of keeping the aspect ratio (default in recipe ecdet)"
+    )
+    classes: str = of_data(None, "A,B,..", "train on these classes alone; the others are background")
+    single_class: bool = of_data(False, None, "take all classes for one")
+    tile: int = of_data(
+        None,
+        "N",
+        "train on and evaluate in tiles of N pixels at the images' own resolution: for small objects in large images",
     )
     augment: str = of_data(
         "zoom",
@@ -312,6 +321,8 @@ class Settings:
     keep_every: int = of_run(0, "N", "also keep a checkpoint every N epochs (default 0: none; meta: 50)")
     patience: int = of_run(None, "N", "end after N epochs without a better AP (default: never)")
     tensorboard: bool = of_run(False, None, "also log for TensorBoard, into the run's folder")
+    wandb: bool = of_run(False, None, "also log to Weights & Biases")
+    mlflow: bool = of_run(False, None, "also log to MLflow")
     exact_sides: bool = of_run(True, None, "round the sides of resized images; earlier versions truncated them")
     num_classes: int = None  # the dataset's
     data_from_run: str = None  # the path of the data, seen from the run's folder
@@ -334,9 +345,8 @@ ARCHITECTURE = (
 ARCHITECTURE = (*ARCHITECTURE.split(), "scales", "attention", "num_denoising")
 RESUMABLE = ("data", "large_images")  # what may be given with --resume: where the data is now
 QUERIES_ARE_WEIGHTS = ("detr-2020", "dino")  # elsewhere they are selected, as many as one likes
-POSITIVE = (
-    "batch_size accumulate device_batch image_size num_queries decoder_layers patch_size epochs steps minutes patience"
-)
+POSITIVE = "batch_size accumulate device_batch image_size tile num_queries decoder_layers patch_size epochs steps"
+POSITIVE = f"{POSITIVE} minutes patience"
 
 
 # The command line
@@ -528,7 +538,14 @@ def resolve_data(s, given, train):
     if given.get("flip") is None and have_sides(train.classes):
         s.flip = "none"
     smallest = 224 if s.backbone == "ecvit-nano" else 640
+    if s.tile and s.tile < SMALLEST_TILE:
+        raise UserError(f"--tile {s.tile}: has to be {SMALLEST_TILE} pixels or more")
+    if s.tile and given.get("image_size") is None:  # whatever a recipe or --init says: tiles are not resized
+        s.image_size = s.tile // 32 * 32
     choose(s, "image_size", 128 if s.data is None else choose_image_size(train, smallest))
+    advice = None if s.tile else advise_tiles(train, s.image_size)
+    if advice:
+        print(f"hint: {advice}")
     if s.recipe == "ecdet":
         published = ECDET[s.size or "s"]
         choose(s, "mosaic", round(published["mixed"] / published["epochs"], 4))

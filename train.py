@@ -11,7 +11,7 @@
     torchrun --nproc-per-node 8 train.py --data DIR              eight GPUs, which share each batch
 
 A run writes config.json, log.jsonl, last.pth, best.pth, curves.png, train_batch.png, val_samples.png and, at its end,
-precision_recall.png, confusion.png and mistakes.png into runs/NAME.
+precision_recall.png, confusion.png, mistakes.png and report.html into runs/NAME.
 """
 
 import atexit
@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 
 import distributed
 from checkpoint import data_of, read_checkpoint, start_from
-from datasets import DetectionDataset, EndlessBatches, aspect_ratios_of, collate, evaluation_batches
+from datasets import DetectionDataset, EndlessBatches, aspect_ratios_of, collate, cut_into_tiles, evaluation_batches
 from demo_data import make_demo
 from detr_model import build_model
 from devices import autocast, choose_precision
@@ -174,7 +174,10 @@ def load_data(s):
         print(f"drawing the demo into {DEMO}")
         make_demo(data)
     keys = "train_split", "val_split", "skip_bad_images", "layout", "val_fraction", "allow_outside"
+    keys = *keys, "classes", "single_class"
     splits = load_splits(data, **{key: s[key] for key in keys if s.get(key) is not None})
+    if s.get("tile"):
+        splits[0] = cut_into_tiles(splits[0], s["tile"], for_training=True)
     for split in splits:
         boxes = sum(int((~record.ignored).sum()) for record in split.records)
         print(f"{split.name}: {len(split.records):,} images, {boxes:,} boxes, {len(split.classes)} classes")
@@ -216,7 +219,7 @@ def build_loaders(run, divisor):
 
     Images are padded to multiples of `divisor`.
     """
-    s, train_split, val_split = run.s, run.train, run.val
+    s, train_split, val_split = run.s, run.train, run.shown
     rank, world, pieces = distributed.rank(), distributed.world_size(), count_pieces(s)
     cache_bytes = 2**30 // max(1, s.workers)  # every worker has a cache of its own
     options = dict(

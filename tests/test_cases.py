@@ -13,6 +13,8 @@ from PIL import Image
 from pycocotools import mask
 from test_commands import SMALL, called
 
+import datasets
+import evaluate
 import infer
 import train
 import transforms
@@ -758,3 +760,50 @@ def test_every_format_that_is_opened_is_found(layout, suffix, tmp_path, capsys):
     )
     assert len(infer.find_files([str(tmp_path / "images")])) == 5
     assert "1 of 6 files are neither images nor videos" in capsys.readouterr().out
+
+
+# Chosen classes
+
+
+def test_classes_can_be_chosen(tmp_path):
+    root = coco_parts(tmp_path, change=lambda data: data["annotations"][0].update(category_id=2))
+    train_split, val_split = load_splits(root, classes="dog")
+    assert train_split.classes == ["dog"] and train_split.category_ids == [2]
+    assert [len(r.boxes) for r in train_split.records] == [1, 0, 0] and boxes([train_split, val_split]) == {BOX}
+    assert "2 boxes of other classes are left out" in said([train_split])
+    both, _ = load_splits(root, classes="dog, cat")
+    assert both.classes == ["cat", "dog"] and [r.labels.tolist() for r in both.records] == [[1], [0], [0]]
+    one, _ = load_splits(root, single_class=True)
+    assert one.classes == ["object"] and [r.labels.tolist() for r in one.records] == [[0], [0], [0]]
+    refused(root, "--classes cow: there is no class 'cow'; there are: cat, dog", classes="cow")
+
+
+def test_a_run_with_chosen_classes_is_evaluated_and_resumed_with_them(tmp_path, monkeypatch, capsys):
+    root, run = (
+        coco_parts(tmp_path / "data", change=lambda d: d["annotations"][0].update(category_id=2)),
+        tmp_path / "run",
+    )
+    arguments = ["--data", root, "--classes", "cat", *SMALL, "--steps", 2, "--out", run]
+    status, _, error = called(train.main, arguments, monkeypatch, capsys)
+    assert status == 0 and load(run / "best.pth", device="cpu").classes == ["cat"], error
+    status, out, error = called(evaluate.main, [run / "best.pth"], monkeypatch, capsys)
+    assert status == 0 and "class/cat" in out and "class/dog" not in out, error
+    status, out, error = called(train.main, ["--resume", run], monkeypatch, capsys)
+    assert status == 0 and "nothing is left" in out, error
+
+
+# What datasets.py finds
+
+
+def test_similar_images_in_both_parts_are_said(tmp_path, monkeypatch, capsys):
+    coco_parts(tmp_path)
+    rng = np.random.default_rng(0)
+    photo = Image.fromarray(rng.integers(0, 255, (9, 12, 3), dtype=np.uint8)).resize((96, 72), Image.Resampling.BICUBIC)
+    photo.save(tmp_path / "train" / "1.png")
+    photo.resize((90, 68)).point(lambda v: min(255, v + 12)).save(tmp_path / "val" / "2.png")
+    arguments = [tmp_path, "--json", "--strict", "--out", tmp_path / "s.png"]
+    status, out, error = called(datasets.main, arguments, monkeypatch, capsys)
+    content = json.loads(out)
+    alike = [line for line in content["problems"] if "look like" in line]
+    assert status == 1 and len(alike) == 1 and alike[0].startswith("1 images of val") and "val/2.png" in alike[0], error
+    assert "coco layout" in error and any("3 images" in line for line in content["train"])

@@ -15,8 +15,9 @@ import evaluate
 import plots
 import runs
 import train
-from evaluate import Case, confusion, doubles, find_cases, suppressed, worst
+from evaluate import suppressed
 from layouts import Split, load_splits, make_record
+from mistakes import Case, cases_of, confusion, doubles, judge, worst
 
 
 def a_split():
@@ -45,13 +46,13 @@ def test_every_detection_and_object_is_told_apart():
             [0, 0, 10, 10, 0, 0.9],
             [1, 0, 11, 10, 0, 0.8],  # right, and the same again
             [20, 0, 30, 10, 0, 0.7],  # a dog taken for a cat
-            [0, 40, 10, 50, 1, 0.9],  # over a difficult object: left out
+            [0, 40, 10, 50, 0, 0.9],  # a difficult object: left out
             [60, 40, 70, 50, 1, 0.6],
             [40, 0, 70, 30, 1, 0.1],
         ),  # nothing there; too unsure to count
         1: detections(),
     }
-    cases = find_cases(a_split(), found)
+    cases = cases_of(judge(a_split(), found))
     told = sorted((str(c.truth), str(c.detected), round(c.score, 1)) for c in cases)
     assert told == sorted(
         [("0", "0", 0.9), ("None", "0", 0.8), ("1", "0", 0.7), ("None", "1", 0.6), ("1", "None", 0.0)]
@@ -71,16 +72,16 @@ def test_a_double_has_no_object_of_its_own():
     ]  # two cats that overlap by 0.82, and a dog
     split = Split("val", ["cat", "dog"], [1, 2], [make_record(1, Path("a.png"), (80, 60), rows)])
     both, dog = ([0, 0, 20, 20, 0, 0.9], [2, 0, 22, 20, 0, 0.8]), [40, 0, 60, 20, 1, 0.7]
-    assert doubles(split, {0: detections(*both, dog)}) == 0
+    assert doubles(judge(split, {0: detections(*both, dog)})) == 0
     again, unsure, other, apart = (
         [1, 0, 21, 20, 0, 0.6],
         [1, 0, 21, 20, 0, 0.3],
         [1, 0, 21, 20, 1, 0.6],
         [40, 8, 60, 28, 1, 0.6],
     )
-    assert doubles(split, {0: detections(*both, dog, again)}) == 1 / 4
-    assert doubles(split, {0: detections(*both, dog, unsure, other, apart)}) == 0
-    assert doubles(split, {0: detections()}) == 0
+    assert doubles(judge(split, {0: detections(*both, dog, again)})) == 1 / 4
+    assert doubles(judge(split, {0: detections(*both, dog, unsure, other, apart)})) == 0
+    assert doubles(judge(split, {0: detections()})) == 0
 
 
 def test_suppressed_are_those_that_a_better_one_of_their_class_overlaps():
@@ -98,7 +99,7 @@ def test_a_detection_of_the_right_class_goes_before_a_nearer_one():
     split = Split(
         "val", ["cat", "dog"], [1, 2], [make_record(1, Path("a.png"), (80, 60), [(0, 0, 10, 10, 0, 100, False)])]
     )
-    cases = find_cases(split, {0: detections([0, 0, 10, 10, 1, 0.9], [1, 0, 11, 10, 0, 0.5])})
+    cases = cases_of(judge(split, {0: detections([0, 0, 10, 10, 1, 0.9], [1, 0, 11, 10, 0, 0.5])}))
     assert sorted((str(c.truth), c.detected) for c in cases) == [("0", 0), ("None", 1)]
 
 
@@ -241,6 +242,37 @@ def test_patience_ends_a_run_that_gets_no_better(tiny_data, tmp_path, monkeypatc
     assert [row["AP"] for row in rows] == [0.5, 0.6, 0.4, 0.3]
     status, out, err = called(train.main, ["--resume", tmp_path / "run"], monkeypatch, capsys)
     assert status == 0 and "nothing is left" in out and "after step 12" in out, err
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_other_trackers_get_the_same_where_they_are_installed(name, tiny_data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, name, None)
+    arguments = ["--data", tiny_data, *SMALL, "--steps", 1, f"--{name}"]
+    status, _, err = called(train.main, [*arguments, "--out", tmp_path / "without"], monkeypatch, capsys)
+    assert status == 2 and f"pip install {name}" in err
+    logged, begun = {}, {}
+
+    class Fake:
+        def init(self, **options):
+            begun.update(options["config"])
+            return self
+
+        def start_run(self, run_name):
+            begun["name"] = run_name
+
+        log_params = staticmethod(begun.update)
+
+        def log(self, scalars, step):
+            logged.update({name: (value, step) for name, value in scalars.items()})
+
+        log_metrics = log
+
+    monkeypatch.setitem(sys.modules, name, Fake())
+    status, _, err = called(train.main, [*arguments, "--out", tmp_path / "with"], monkeypatch, capsys)
+    row = json.loads((tmp_path / "with" / "log.jsonl").read_text())
+    assert status == 0 and str(begun["batch_size"]) == "4", err
+    assert logged["losses/giou"] == (row["losses"]["loss_giou"], 1) and logged["validation/AP"] == (row["AP"], 1)
+    assert any(key.startswith("validation/class/kind") for key in logged)
 
 
 def test_tensorboard_where_it_is_installed(tiny_data, tmp_path, monkeypatch, capsys):

@@ -2,6 +2,7 @@ import json
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,7 +14,7 @@ from train import count_pieces
 
 
 def pictures(count):
-    record = SimpleNamespace(width=640, height=480, boxes=[(10, 10, 90, 90)])
+    record = SimpleNamespace(width=640, height=480, boxes=np.array([(10, 10, 90, 90)]))
     return SimpleNamespace(
         records=[record] * count, most_objects=40, classes=["a", "b"], is_fraction=False, value_range=None
     )
@@ -296,6 +297,11 @@ ALWAYS = {
     "keep_every",
     "patience",
     "tensorboard",
+    "wandb",
+    "mlflow",
+    "classes",
+    "single_class",
+    "tile",
     "offline",
     "resume",
 }

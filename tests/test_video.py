@@ -6,7 +6,8 @@ import torch
 from PIL import Image, ImageDraw
 
 import infer
-from detector import Detector, detect_in_tiles, merge, tile_starts
+from datasets import OVERLAP, tile_starts
+from detector import Detector, detect_in_tiles, merge
 from errors import UserError
 
 
@@ -103,13 +104,11 @@ def test_what_is_no_video(tmp_path, monkeypatch):
         infer.open_video("93")
 
 
-@pytest.mark.parametrize(
-    "length, side, overlap", [(100, 640, 0.25), (640, 640, 0.25), (641, 640, 0.25), (4000, 640, 0.25), (1500, 500, 0.5)]
-)
-def test_tiles_cover_the_picture_and_overlap(length, side, overlap):
-    starts = tile_starts(length, side, overlap)
+@pytest.mark.parametrize("length, side", [(100, 640), (640, 640), (641, 640), (4000, 640), (1500, 500)])
+def test_tiles_cover_the_picture_and_overlap(length, side):
+    starts = tile_starts(length, side)
     assert starts[0] == 0 and (len(starts) == 1 or starts[-1] + side == length)
-    assert all(second - first <= side * (1 - overlap) + 1 for first, second in zip(starts, starts[1:]))
+    assert all(second - first <= side * (1 - OVERLAP) + 1 for first, second in zip(starts, starts[1:]))
 
 
 def squares_in(images):
@@ -149,7 +148,7 @@ def test_each_object_of_a_large_picture_is_found_once():
                 w, h = rng.integers(8, 40, 2)
                 ImageDraw.Draw(image).rectangle((x + 3, y + 3, x + 2 + w, y + 2 + h), fill="red")
                 truth.append((x + 3, y + 3, x + 3 + w, y + 3 + h))
-    found = detect_in_tiles(squares_in, image, 256, overlap=0.25)
+    found = detect_in_tiles(squares_in, image, 256)
     assert sorted(map(tuple, found["boxes"].int().tolist())) == sorted(
         (int(a), int(b), int(c), int(d)) for a, b, c, d in truth
     )
@@ -166,7 +165,8 @@ def test_within_a_tile_nothing_is_suppressed_and_classes_are_apart():
 
 def test_a_detector_with_tiles_says_what_its_detector_finds_in_each(monkeypatch):
     whole = Detector.__new__(Detector)
-    whole.tile, whole.threshold, whole.classes, whole.value_range = 256, 0.5, ["red"], None
+    whole.tile, whole.threshold, whole.classes = 256, 0.5, ["red"]
+    whole.value_range, whole.by_class = None, {}
     monkeypatch.setattr(whole, "detect", squares_in, raising=False)
     image = Image.new("RGB", (900, 300))
     ImageDraw.Draw(image).rectangle((240, 100, 269, 119), fill="red")

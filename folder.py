@@ -5,6 +5,7 @@ Names tell the split that a file belongs to, see PART. Links that lead out of th
 
 import os
 import re
+import unicodedata
 from collections import defaultdict
 from operator import attrgetter, itemgetter
 from pathlib import Path
@@ -46,25 +47,41 @@ class Folder:
     def __init__(self, root, home):
         self.root, self.home = root, home
         self.by_stem = defaultdict(list)  # {stem: [Place]}
-        self.moved = []  # (path in an annotation, file) of those that lie elsewhere
+        self.moved = {}  # {file: path in an annotation} of those that lie elsewhere
+        self.closed = []  # folders that are not looked into
         top = os.path.realpath(root)
-        pending, seen, count = [((), str(root))], {top}, 0
-        while pending:
-            folders, path = pending.pop()
-            for entry in list_folder(path):
+        pending, links, seen, count = [((), str(root))], [], set(), 0
+        while pending or links:  # links last: of two ways to a folder, the plain one counts
+            folders, path = (pending or links).pop()
+            real = os.path.realpath(path)
+            if real in seen:
+                continue
+            if home is not None and real != top and not real.startswith(top.rstrip(os.sep) + os.sep):
+                self.closed.append(path)
+                continue
+            seen.add(real)
+            if folders:
+                self.by_stem[folders[-1] + "/"].append(Place(folders[:-1], folders[-1] + "/", "", path))
+            for entry in self.entries(path):
                 count += 1
                 if count > MOST_FILES:
                     raise UserError(f"{root}: more than {MOST_FILES:,} files; --data takes the folder of one dataset")
                 if entry.is_dir():
-                    real = os.path.realpath(entry.path)
-                    if real not in seen and (home is None or real.startswith(top.rstrip(os.sep) + os.sep)):
-                        seen.add(real)
-                        pending.append(((*folders, entry.name), entry.path))
-                        self.by_stem[entry.name + "/"].append(Place(folders, entry.name + "/", "", entry.path))
+                    (links if entry.is_symlink() else pending).append(((*folders, normal(entry.name)), entry.path))
                 elif entry.is_file():
-                    *more, name = entry.name.split("\\")  # as an archive from Windows is unpacked elsewhere
+                    *more, name = normal(entry.name).split("\\")  # as an archive from Windows is unpacked elsewhere
                     stem, suffix = os.path.splitext(name)
                     self.by_stem[stem].append(Place((*folders, *more), stem, suffix.lower(), entry.path))
+
+    def entries(self, path):
+        """The entries of a folder in the order of their names, without hidden ones, macOS's archives, broken links."""
+        try:
+            with os.scandir(path) as entries:
+                entries = [e for e in entries if not e.name.startswith(".") and e.name != "__MACOSX"]
+        except OSError:
+            self.closed.append(path)
+            return []
+        return sorted((e for e in entries if not e.is_symlink() or os.path.exists(e.path)), key=attrgetter("name"))
 
     def places(self, suffixes):
         """The files with one of some suffixes, in the order of their paths."""
@@ -72,7 +89,7 @@ class Folder:
 
     def images(self, stem):
         """The images of a name, whatever their suffix."""
-        return [place for place in self.by_stem.get(stem, ()) if place.suffix in IMAGE_SUFFIXES]
+        return [place for place in self.by_stem.get(normal(stem), ()) if place.suffix in IMAGE_SUFFIXES]
 
     def find(self, text, **where):
         """The file or folder/ that a path in an annotation means -> Path, or None if there is none. Raises UserError.
@@ -80,7 +97,7 @@ class Folder:
         The path may be another machine's or URL-encoded, with slashes or backslashes: its end decides, see `nearest`.
         """
         best = None
-        for spelled in dict.fromkeys((text, unquote(text))):
+        for spelled in dict.fromkeys((normal(text), normal(unquote(text)))):
             *folders, name = [name for name in re.split(r"[/\\]+", spelled) if name not in ("", ".")] or [""]
             stem, suffix = (name + "/", "") if spelled.endswith("/") else os.path.splitext(name)
             places = [place for place in self.by_stem.get(stem, ()) if place.suffix == suffix.lower()]
@@ -88,9 +105,14 @@ class Folder:
             if place and place.folders[len(place.folders) - len(folders) :] == tuple(folders):
                 return Path(place.file)
             best = best or place
-        if best:
-            self.moved.append((text, best.file))
-        return best and Path(best.file)
+        if best is None or folders and folders[-1] not in best.folders and self.by_stem.get(folders[-1] + "/"):
+            return None  # the folder that it names is there, and the file is not in it
+        other = self.moved.setdefault(best.file, text)
+        if other != text:
+            raise UserError(
+                f"{self.root}: {other[:200]!r} and {text[:200]!r} would both be {best.file}; images seem to be missing"
+            )
+        return Path(best.file)
 
     def nearest(self, places, folders, text, near=(), parts=(), split=None):
         """The Place among some of one name that fits best, or None. Raises UserError if two fit equally well.
@@ -126,25 +148,30 @@ class Folder:
         """
         exists = next((folder / text for folder in folders if os.path.exists(folder / text)), None)
         top = os.path.abspath(self.home or os.sep).rstrip(os.sep) + os.sep
-        if exists is not None and os.path.abspath(exists).startswith(top):
-            return exists
+        is_plain = exists is not None and (exists == folders[0] / text or ".." in text)
+        if is_plain and os.path.abspath(exists).startswith(top):
+            return Path(os.path.normpath(exists))
         return self.find(text, **where) or exists or folders[0] / text.lstrip(os.sep)
 
     def match(self, suffix):
         """Annotation files, one for an image -> {image Place: annotation Place}, [annotation file without an image].
 
-        An annotation's image is the nearest one of its name. Raises UserError if an image has two.
+        An annotation's image is the nearest one of its name; where others lie beside their images, only one beside it.
+        Raises UserError if an image has two.
         """
-        matched, unmatched = {}, []
+        pairs = []
         for place in self.places({suffix}):
             where = {"near": place.folders, "parts": parts_of(place.folders)}
-            image = self.nearest(self.images(place.stem), place.folders, place.file, **where)
-            if image in matched:
-                raise UserError(f"{image.file}: {matched[image].file} and {place.file} are both for it; remove one")
-            if image:
-                matched[image] = place
-            else:
+            pairs.append((place, self.nearest(self.images(place.stem), place.folders, place.file, **where)))
+        beside = {place.folders for place, image in pairs if image and image.folders == place.folders}
+        matched, unmatched = {}, []
+        for place, image in pairs:
+            if image is None or place.folders in beside and image.folders != place.folders:
                 unmatched.append(place.file)
+            elif image in matched:
+                raise UserError(f"{image.file}: {matched[image].file} and {place.file} are both for it; remove one")
+            else:
+                matched[image] = place
         return matched, unmatched
 
     def mentions(self, place, words):
@@ -157,14 +184,9 @@ class Folder:
         return all(word in content for word in words)
 
 
-def list_folder(folder):
-    """The entries of a folder in the order of their names, without hidden ones, macOS's archives and broken links."""
-    try:
-        with os.scandir(folder) as entries:
-            entries = [e for e in entries if not e.name.startswith(".") and e.name != "__MACOSX"]
-    except OSError:
-        return []
-    return sorted((e for e in entries if not e.is_symlink() or os.path.exists(e.path)), key=attrgetter("name"))
+def normal(name):
+    """A name with its letters composed: macOS writes some as two characters, annotations seldom do."""
+    return unicodedata.normalize("NFC", name)
 
 
 def depth(place):

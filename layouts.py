@@ -8,11 +8,10 @@ import math
 import os
 import re
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from operator import methodcaller
 from pathlib import Path
 from typing import NamedTuple
 
@@ -206,13 +205,14 @@ def leftovers(folder, splits):
     used = in_train | in_val
     unused = [place.file for place in folder.places(IMAGE_SUFFIXES) if str(Path(place.file)) not in used]
     unused = [os.path.relpath(file, folder.root) for file in unused]
-    moved = [f"{text[:100]!r} is {os.path.relpath(file, folder.root)}" for text, file in folder.moved]
+    moved = [f"{text[:100]!r} is {os.path.relpath(file, folder.root)}" for file, text in folder.moved.items()]
     closed = [os.path.relpath(place.file, folder.root) for place in folder.places(CLOSED_SUFFIXES)]
     is_heif = any(path.lower().endswith((".heic", ".heif")) for path in closed)
     return [
         *count_paths(unused, "images belong to neither split"),
         *count_paths(sorted(in_train & in_val), "images are in both splits, so that AP will be too high"),
         *count_paths(closed, "images have a format that isn't opened" + is_heif * " (pip install pillow-heif)"),
+        *count_paths(folder.closed, "folders can't be read, or lead out of the dataset (--allow-outside)"),
         *count_paths(moved, "files found by the end of their paths"),
     ]
 
@@ -225,24 +225,11 @@ def split_names(train, val, val_names=("val", "test")):
     return [train or "train"], [val] if val else list(val_names)
 
 
-def split_folders(folder, train=None, val=None):
-    """-> the names of the training and of the validation split's folder; None for one that is missing.
-
-    A name begins with the split's; below the dataset's folder it has to be that of a split otherwise, see PART.
-    """
-    places = sorted((place for place in folder.places({""}) if place.stem.endswith("/")), key=depth)
-    names = [p.stem[:-1] for p in places if not p.folders or train or val or parts_of([p.stem])]
-    return tuple(
-        next((name for word in words for name in names if name.lower().startswith(word.lower())), None)
-        for words in split_names(train, val)
-    )
-
-
 def images_of_splits(folder, annotations, train, val):
-    """{image Place: Place of its annotation} -> [(split name, [image path])] by the names of their folders, or one
-    with all. Raises UserError.
+    """{image Place: Place of its annotation} -> [(split name, [image path])], or one with all images. Raises UserError.
 
-    An image without an annotation counts if another one in its folder has one.
+    Lists such as train.txt tell the split of an image, or the innermost of its folders, or its annotation's, that
+    begins with the name of a split. An image without an annotation counts if another one in its folder has one.
     """
     used = {image.folders for image in annotations}
     images = [image for image in folder.places(IMAGE_SUFFIXES) if image.folders in used]
@@ -251,16 +238,40 @@ def images_of_splits(folder, annotations, train, val):
             f"{folder.root}: no image has the name of an annotation file; if they lie outside, behind links, "
             f"add --allow-outside. Found: {listing(folder.root)}"
         )
-    names, sources = split_folders(folder, train, val), []
-    if names == (None, None) and not train and not val:
-        return [(folder.root.name, [Path(image.file) for image in images])]
-    for name, word in zip(names, (train or "train", val or "val")):
-        own = [i for i in images if name in i.folders or i in annotations and name in annotations[i].folders]
-        if own:
-            sources.append((name, [Path(image.file) for image in own]))
-        elif val or not sources:
+    words = [train or "train", *([val] if val else ("val", "test"))]
+    listed, groups = split_lists(folder, words), defaultdict(list)
+    for image in images:
+        places = [place for place in (image, annotations.get(image)) if place]
+        names = [name for place in places for name in reversed(place.folders)]
+        if listed:
+            names = [word for word in words if image.stem in listed.get(word, ())]
+        told = ((word, name) for name in names for word in words if tells(name, word, (train, val)))
+        word, name = next(told, (None, None))
+        groups[word].append((name, Path(image.file)))
+    if groups.keys() == {None} and not train and not val:
+        return [(folder.root.name, [path for _, path in groups[None]])]
+    chosen = [words[0], next((word for word in words[1:] if groups[word]), None)]
+    for word in (words[0], val):
+        if word and not groups[word]:
             raise UserError(f"{folder.root}: no folder for '{word}'; found: {listing(folder.root)}")
-    return sources
+    return [(groups[word][0][0], [path for _, path in groups[word]]) for word in chosen if word]
+
+
+def tells(name, word, given):
+    """Whether the name of a folder says that it holds the split `word`; given: words that the user chose."""
+    return name.lower().startswith(word.lower()) and (word in given or bool(parts_of([name])))
+
+
+def split_lists(folder, words):
+    """Text files such as train.txt that list images -> {word: the stems of these images}; empty unless two do."""
+    listed = {}
+    for place in folder.places({".txt"}):
+        if place.stem.lower() in words and not looks_like_labels(place, folder.home):
+            lines = read_lines(Path(place.file))
+            stems = {stem for line in lines for stem in (VOC_LINE.fullmatch(line)[2], line.split()[0])}
+            if any(folder.images(stem) for stem in stems):
+                listed[place.stem.lower()] = stems
+    return listed if len(listed) > 1 else {}
 
 
 def build_splits(folder, sources, read, classes_of, is_relative=False):
@@ -294,7 +305,8 @@ COCO_KEYS = (b'"images"', b'"annotations"', b'"categories"')
 
 def coco_files(folder):
     """The COCO files for detection, anywhere; one that is broken counts if its name or place tells what it is."""
-    places = [place for place in folder.places({".json"}) if not place.stem.startswith(OTHER_TASKS)]
+    places = folder.places({".json"})
+    places = [place for place in places if not place.stem.startswith(OTHER_TASKS)] or places
     places = sorted(places, key=depth)[:MOST_LOOKED_INTO]
     sound = [place for place in places if folder.mentions(place, COCO_KEYS)]
     named = [place for place in places if parts_of([*place.folders[-1:], place.stem])]
@@ -304,8 +316,11 @@ def coco_files(folder):
 
 
 def coco_words(place):
-    """The part of a COCO file's path that tells its split."""
-    return "/".join([*place.folders[-1:], place.stem]).lower()
+    """The part of a COCO file's path that tells its split: its folder and name, or else a folder further out."""
+    words = [*place.folders[-1:], place.stem]
+    if not parts_of(words):
+        words += [name for name in place.folders[::-1] if parts_of([name])][:1]
+    return "/".join(words).lower()
 
 
 def read_coco(folder, train=None, val=None):
@@ -337,6 +352,8 @@ def choose_coco_file(folder, files, words):
         )
     if len(matches) > 1:
         matches = [place for place in matches if folder.mentions(place, COCO_KEYS)] or matches
+        exact = [place for place in matches if place.stem.lower().removeprefix("instances_") in words]
+        matches = exact or matches
         matches = [place for place in matches if depth(place) == depth(matches[0])]  # sorted by that
     if len(matches) > 1:
         names = ", ".join(os.path.relpath(place.file, folder.root) for place in matches)
@@ -393,7 +410,7 @@ def read_coco_file(place, folder, word=""):
     is_named_by_folder = has_own_folder and (parts_of(place.folders[-1:]) or not parts_of([stem]))
     name = place.folders[-1] if is_named_by_folder else stem
     folders = [folder.root / name, path.parent / "images", path.parent, folder.root / stem]
-    records = []
+    entries = {}  # {file: (image id, size, rows)}: some tools list an image once for each of its objects
     for image_id, image in images.items():
         try:
             text = require_string(image["file_name"])
@@ -404,19 +421,27 @@ def read_coco_file(place, folder, word=""):
                 "file_name, width or height is missing or wrong"
             ) from None
         file = folder.locate(text, folders, near=place.folders, parts=parts_of([word]), split=name)
-        records.append(make_record(image_id, file, size, rows[str(image_id)]))
+        entry = entries.setdefault(file, (image_id, size, []))
+        entry[2].extend(rows[str(image_id)])
+    records = [make_record(image_id, file, size, own) for file, (image_id, size, own) in entries.items()]
     category_ids, names = (list(column) for column in zip(*categories))
     unlisted = len(rows.get(None, ()))
     remarks = [f"{unlisted} annotations are of images that are not listed, and left out"] if unlisted else []
+    if len(records) < len(images):
+        remarks.append(f"{len(images)} entries are of {len(records)} images, whose objects are put together")
     return Split(name, names, category_ids, records, remarks, find_umbrella(path, data, categories))
 
 
 # Pascal VOC
 
-# A line of a list may hold a folder and a suffix; ImageSets of a class say whether it is there
+# A line of a list may hold folders and a suffix; ImageSets of a class say whether it is there
 VOC_LINE = re.compile(
-    rf"(?:.*[/\\])?(.*?)(?:{'|'.join(map(re.escape, IMAGE_SUFFIXES))})?(?:\s{{1,8}}(?:-1|0|1))?", re.I
+    rf"(.*[/\\])?(.*?)({'|'.join(map(re.escape, IMAGE_SUFFIXES))})?(?:\s{{1,8}}(?:-1|0|1))?", re.IGNORECASE
 )
+
+
+def has_xml(folder):
+    return any(folder.images(place.stem) for place in folder.places({".xml"}))
 
 
 def voc_devkits(folder):
@@ -435,11 +460,21 @@ def read_voc(folder, train=None, val=None):
         files = {Path(image.file): Path(xml.file) for image, xml in annotations.items()}
         sources = images_of_splits(folder, annotations, train, val)
         sources = [(name, [(image, files.get(image)) for image in images]) for name, images in sources]
+        refuse_mixed(folder, [image for _, pairs in sources for image, xml in pairs if xml is None])
     splits = build_splits(folder, sources, read_voc_file, sorted)
     for split in splits:
         split.category_ids = list(range(1, len(split.classes) + 1))
     splits[0].remarks += count_paths(unmatched, NO_IMAGE)
     return splits
+
+
+def refuse_mixed(folder, images):
+    """Raises UserError if one of some images without XML has YOLO's labels beside it."""
+    for image in images:
+        for place in folder.by_stem.get(image.stem, ()):
+            is_beside = place.suffix == ".txt" and Path(place.file).parent == image.parent
+            if is_beside and looks_like_labels(place, folder.home):
+                raise UserError(f"{image}: has no XML as others do, but {place.file}; use one format for all images")
 
 
 def voc_lists(folder, train, val):
@@ -472,14 +507,30 @@ def voc_pairs(devkit, name, home):
     path = devkit / "ImageSets" / "Main" / f"{name}.txt"
     require_inside(home, [path])
     folder, annotations = devkit / "JPEGImages", devkit / "Annotations"
-    images = {p.stem: p for p in sorted(folder.iterdir()) if is_image(p)} if folder.is_dir() else {}
+    images, xmls = files_by_name(folder, IMAGE_SUFFIXES), files_by_name(annotations, {".xml"})
     pairs = []
-    for stem in read_lines(path) if path.exists() else []:
-        if stem not in images and not os.path.lexists(annotations / f"{stem}.xml"):
-            stem = VOC_LINE.fullmatch(stem)[1]
-        xml = annotations / f"{stem}.xml"
-        pairs.append((images.get(stem, folder / f"{stem}.jpg"), xml if os.path.lexists(xml) else None))
+    for line in read_lines(path) if path.exists() else []:
+        folders, stem, suffix = (part or "" for part in VOC_LINE.fullmatch(line).groups())
+        names = [line, (folders + stem).replace("\\", "/"), stem]
+        name = next((name for name in names if name in images), next((n for n in names if n in xmls), stem))
+        found = [p for p in images.get(name, ()) if p.suffix.lower() == suffix.lower()] or images.get(name, [])
+        if len(found) > 1:
+            raise UserError(f"{path}: {line} could be {found[0]} or {found[1]}; name its ending, or leave one of them")
+        if name in images or name in xmls:
+            pairs.append((found[0] if found else folder / f"{name}.jpg", next(iter(xmls.get(name, ())), None)))
+        else:  # neither is there, or both outside
+            xml = annotations / f"{line}.xml"
+            pairs.append((folder / f"{line if '..' in line else name}.jpg", xml if os.path.lexists(xml) else None))
     return pairs
+
+
+def files_by_name(folder, suffixes):
+    """{path below a folder, without suffix: [path]} of the files with some suffixes, in whatever case."""
+    files = defaultdict(list)
+    for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
+        if path.suffix.lower() in suffixes and not path.name.startswith("."):
+            files[path.relative_to(folder).with_suffix("").as_posix()].append(path)
+    return files
 
 
 # YOLO
@@ -492,11 +543,18 @@ def yolo_file(folder):
     places = folder.places({".yaml", ".yml", ".data"})
     named = [place for name in YAML_NAMES for place in places if place.stem + place.suffix == name]
     others = [place for place in places if not place.folders and folder.mentions(place, (b"names:", b"train:"))]
-    found = sorted(named, key=depth) or others
+    found = sorted([*named, *(place for place in others if place not in named)], key=depth)
     same = [place for place in found if depth(place) == depth(found[0])]
-    if len(same) > 1 and (same[0].folders != same[1].folders or not named):
+    if len(same) > 1 and (same[0].folders != same[1].folders or same[0] not in named):
         raise UserError(f"{folder.root}: {same[0].file} or {same[1].file}? --data takes the folder of one dataset")
     return Path(found[0].file) if found else None
+
+
+def has_yolo_file_at_top(folder):
+    """Whether data.yaml or its like lies in the dataset's folder itself."""
+    return any(not place.folders for place in folder.places({".yaml", ".yml", ".data"})) and (
+        (path := yolo_file(folder)) is not None and path.parent == folder.root
+    )
 
 
 def class_file(folder):
@@ -536,7 +594,8 @@ def read_yolo(folder, train=None, val=None):
     require_inside(folder.home, [path] if path else [])
     if path is None:
         keys = ("train", "val", "valid", "test")
-        data = {key: f"{key}.txt" for key in keys if (folder.root / f"{key}.txt").is_file()}
+        lists = {place.stem: place for place in folder.places({".txt"}) if not place.folders and place.stem in keys}
+        data = {key: f"{key}.txt" for key in keys if key in lists and not looks_like_labels(lists[key], folder.home)}
     else:
         data = read_darknet_data(path) if path.suffix == ".data" else read_yolo_yaml(path)
     names = data.get("names") if isinstance(data.get("names"), list) else None
@@ -598,6 +657,7 @@ def yolo_images(folder, entry, path, base, key):
     if place is None:
         raise UserError(f"{path}: {entry} does not exist; looked for {', '.join(map(str, dict.fromkeys(candidates)))}")
     require_inside(folder.home, [place])
+    place = Path(os.path.normpath(place))
     if place.is_file():
         return [folder.locate(line, [place.parent], parts=parts) for line in read_lines(place)]
     images = [p for p in sorted(place.iterdir()) if is_image(p)]
@@ -607,20 +667,24 @@ def yolo_images(folder, entry, path, base, key):
 def yolo_labels(folder, images):
     """The label file of each image -> [path or None].
 
-    a/images/b.jpg has a/labels/b.txt, by the last `images` in the path, or a/images/b.txt; where no image has such a
-    one, the nearest file of its name.
+    a/images/b.jpg has a/labels/b.txt, by the last `images` in the path, or a/images/b.txt; where no image of a folder
+    has such a one, the nearest file of its name.
     """
-    labels = []
+    texts = {Path(place.file).with_suffix(""): Path(place.file) for place in folder.places({".txt"})}
+    labels = {}
     for image in images:
         parts = list(image.parts[::-1])
         if "images" in parts[1:]:
             parts[parts.index("images", 1)] = "labels"
         paths = Path(*parts[::-1]).with_suffix(".txt"), image.with_suffix(".txt")
-        labels.append(next((path for path in paths if os.path.lexists(path)), None))
-    if not any(labels):
-        files = {Path(image.file): Path(label.file) for image, label in folder.match(".txt")[0].items()}
-        labels = [files.get(image) for image in images]
-    return labels
+        known = (texts.get(path.with_suffix("")) for path in paths)
+        outside = (path for path in paths if os.path.lexists(path))
+        labels[image] = next((path for path in (*known, *outside) if path), None)
+    labelled = {image.parent for image in images if labels[image]}
+    if any(image.parent not in labelled for image in images):
+        nearest = {Path(image.file): Path(label.file) for image, label in folder.match(".txt")[0].items()}
+        labels |= {image: nearest.get(image) for image in images if image.parent not in labelled}
+    return [labels[image] for image in images]
 
 
 def unused_labels(folder, labels):
@@ -642,9 +706,10 @@ FORMER_NAMES = {"json": "coco", "roboflow": "coco", "voc-folders": "voc"}  # in 
 # (layout, its signs for messages, test), in the order in which they are tried: the first that matches counts.
 SIGNS = (
     ("voc", "ImageSets/Main/*.txt", voc_devkits),
-    ("yolo", "data.yaml or obj.data", yolo_file),
+    ("yolo", "data.yaml or obj.data", has_yolo_file_at_top),
     ("coco", "a COCO *.json", coco_files),
-    ("voc", "*.xml with the names of images", methodcaller("places", {".xml"})),
+    ("yolo", "data.yaml or obj.data in a folder below", yolo_file),
+    ("voc", "*.xml with the names of images", has_xml),
     ("yolo", "classes.txt, or *.txt with the names of images", has_labels),
 )
 

@@ -64,6 +64,8 @@ def open_image(path):
         image = Image.open(path, formats=FORMATS)
     except Image.DecompressionBombError:
         raise OSError(f"more than {2 * PIL_PIXELS:,} pixels: {HOW_TO_OPEN}") from None
+    if image.format == "TIFF":
+        image.filename = ""  # PIL maps a plain TIFF into memory at the size of the turned image, which scrambles it
     pixels, size = image.width * image.height, os.path.getsize(path)
     if pixels > BOMB_PIXELS and pixels > BOMB_PIXELS_PER_BYTE * size and not os.environ.get(LARGE_IMAGES):
         image.close()
@@ -147,8 +149,12 @@ def reduction(width, height, detail):
 
 def upright_size(image):
     """(width, height) of a PIL image once it is rotated as its EXIF says."""
-    orientation = image.getexif().get(0x0112, 1)
-    return image.size[::-1] if orientation in (5, 6, 7, 8) else image.size
+    if image.getexif().get(0x0112, 1) not in (5, 6, 7, 8):
+        return image.size
+    if image.format == "TIFF":  # PIL turns these itself
+        image.load()
+        return image.size
+    return image.size[::-1]
 
 
 # Transforms

@@ -762,6 +762,153 @@ def test_every_format_that_is_opened_is_found(layout, suffix, tmp_path, capsys):
     assert "1 of 6 files are neither images nor videos" in capsys.readouterr().out
 
 
+# Near misses: what must not be taken for something else
+
+
+def test_a_missing_image_is_not_replaced_by_one_of_the_same_name(tmp_path):
+    for folder in ("cam1", "cam2"):
+        for i in range(3):
+            draw(tmp_path / "all" / folder / f"{i}.png")
+    names = [f"{folder}/{i}.png" for folder in ("cam1", "cam2") for i in range(3)]
+    (tmp_path / "all" / "cam1" / "0.png").unlink()
+    write_json(tmp_path / "data.json", names)
+    refused(tmp_path, "1 of . images can't be read .*cam1/0.png: missing", val_fraction=0.5)
+    for i in range(3):
+        (tmp_path / "all" / "cam2" / f"{i}.png").rename(tmp_path / f"{i}.png")
+    shutil.rmtree(tmp_path / "all")  # an archive that was flattened
+    refused(tmp_path, "would both be .*0.png; images seem to be missing")
+
+
+def test_an_annotation_beside_images_has_no_image_elsewhere(tmp_path):
+    for folder in ("cats", "dogs"):
+        for i in range(5):
+            draw(tmp_path / folder / f"{i}.jpg")
+            write_xml(tmp_path / folder / f"{i}.xml")
+    (tmp_path / "cats" / "0.jpg").unlink()
+    (tmp_path / "dogs" / "0.xml").unlink()
+    splits = load_splits(tmp_path)
+    objects = {p: len(r.boxes) for s in splits for r, p in zip(s.records, paths(s, tmp_path))}
+    assert objects["dogs/0.jpg"] == 0 and sum(objects.values()) == 8
+    assert "1 annotation files have no image" in said(splits)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("mode", ["L", "RGB", "I;16"])
+def test_turned_tiffs_are_what_turned_pngs_are(mode, orientation, tmp_path):
+    values = np.arange(30 * 20).reshape(20, 30) * 90
+    image = Image.fromarray(values.astype(np.uint16)) if mode == "I;16" else Image.fromarray(values.astype(np.uint8))
+    image = image if mode == "I;16" else image.convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for name in ("a.tif", "a.png"):
+        image.save(tmp_path / name, exif=exif)
+    ours, theirs = (transforms.read_image(tmp_path / name) for name in ("a.tif", "a.png"))
+    assert ours.size == theirs.size and np.array_equal(np.asarray(ours), np.asarray(theirs))
+    with transforms.open_image(tmp_path / "a.tif") as opened:
+        assert transforms.upright_size(opened) == ours.size
+
+
+def test_an_image_that_is_listed_several_times_is_one(tmp_path):
+    for i in range(5):
+        draw(tmp_path / "images" / f"{i}.png")
+    write_json(tmp_path / "data.json", ["0.png", "0.png", "1.png", "2.png", "3.png", "4.png"])
+    splits = load_splits(tmp_path)
+    assert sorted(len(r.boxes) for s in splits for r in s.records) == [1, 1, 1, 1, 2]
+    assert "6 entries are of 5 images, whose objects are put together" in said(splits)
+
+
+@pytest.mark.parametrize("val", ["val_images", "images/val"])
+def test_the_own_folder_of_a_split_comes_first(val, tmp_path):
+    for folder, part, count in (("images", "train", 4), (val, "val", 2)):
+        for i in range(count):
+            draw(tmp_path / folder / f"{i}.png")
+        write_json(tmp_path / f"{part}.json", [f"{i}.png" for i in range(count)])
+    assert paths(load_splits(tmp_path)[1], tmp_path) == [f"{val}/{i}.png" for i in range(2)]
+
+
+@pytest.mark.parametrize("top", ["train_val_split", "test_set", "my_valid_data"])
+def test_the_innermost_folder_tells_the_split(top, tmp_path):
+    for part, count in (("train", 4), ("test", 2)):
+        for i in range(count):
+            draw(tmp_path / top / part / f"{part}{i}.png")
+            write_xml(tmp_path / top / part / f"{part}{i}.xml")
+    assert [len(s.records) for s in load_splits(tmp_path)] == [4, 2]
+
+
+def test_images_with_labels_of_another_format_are_no_background(tmp_path):
+    for i in range(5):
+        draw(tmp_path / f"{i}.png")
+        write_xml(tmp_path / f"{i}.xml") if i else write(tmp_path / "0.txt", yolo_line())
+    refused(tmp_path, "0.png: has no XML as others do, but .*0.txt; use one format")
+
+
+def test_labels_are_found_folder_by_folder_and_in_any_case(tmp_path):
+    yolo_parts(tmp_path, "names: [a]")
+    for i in range(3):
+        draw(tmp_path / "more" / "img" / f"m{i}.png")
+        write(tmp_path / "more" / "ann" / f"m{i}.txt", yolo_line())
+    (tmp_path / "labels" / "train" / "0.txt").rename(tmp_path / "labels" / "train" / "0.TXT")
+    write(tmp_path / "data.yaml", "train: [images/train, more/img]\nval: images/val\nnames: [a]")
+    assert [[len(r.boxes) for r in s.records] for s in load_splits(tmp_path)] == [[1] * 6, [1, 1]]
+
+
+def test_voc_lists_may_name_folders_and_endings(tmp_path):
+    devkit(tmp_path, {"train": ["a/0", "b/0", "x.jpg"], "val": ["a/1"]}, ["a/0", "a/1", "b/0", "0", "x"])
+    draw(tmp_path / "JPEGImages" / "x.png")
+    (tmp_path / "Annotations" / "b" / "0.xml").unlink()
+    train_split, val_split = load_splits(tmp_path)
+    found = [path.removeprefix("JPEGImages/") for path in paths(train_split, tmp_path)]
+    assert found == ["a/0.jpg", "b/0.jpg", "x.jpg"] and [len(r.boxes) for r in train_split.records] == [1, 0, 1]
+    write(tmp_path / "ImageSets" / "Main" / "val.txt", "x\n")
+    refused(tmp_path, "x could be .*x.jpg or .*x.png")
+
+
+def test_a_data_yaml_below_does_not_beat_what_is_at_the_top(tmp_path):
+    coco_parts(tmp_path)
+    yolo_parts(tmp_path / "backup", "names: [old]")
+    assert load_splits(tmp_path)[0].classes == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("where", ["", "ImageSets/", "splits/"])
+def test_lists_of_the_splits_count_wherever_they_are(where, tmp_path):
+    for i in range(10):
+        draw(tmp_path / "images" / f"{i}.jpg")
+        write_xml(tmp_path / "annotations" / f"{i}.xml")
+    write(tmp_path / f"{where}train.txt", "".join(f"{i} 1 1\n" for i in range(6)))
+    write(tmp_path / f"{where}val.txt", "".join(f"images/{i}.jpg\n" for i in range(6, 10)))
+    assert [len(s.records) for s in load_splits(tmp_path)] == [6, 4]
+
+
+def test_composed_and_decomposed_letters_are_the_same(tmp_path):
+    for i in range(5):
+        draw(tmp_path / "images" / f"Größe{i}.jpg")
+        write_xml(tmp_path / "annotations" / f"Gro\u0308ße{i}.xml")
+    assert [len(s.records) for s in load_splits(tmp_path)] == [4, 1]
+
+
+def test_folders_that_are_not_read_are_said(tmp_path, capsys):
+    for i in range(5):
+        draw(tmp_path / "data" / f"{i}.jpg")
+        write_xml(tmp_path / "data" / f"{i}.xml")
+        draw(tmp_path / "elsewhere" / f"e{i}.jpg")
+    (tmp_path / "data" / "more").symlink_to(tmp_path / "elsewhere")
+    load_splits(tmp_path / "data")
+    assert "1 folders can't be read, or lead out of the dataset (--allow-outside): " in capsys.readouterr().out
+
+
+def test_an_image_called_test_is_no_list(tmp_path):
+    flat_yolo(tmp_path, 5)
+    draw(tmp_path / "test.jpg")
+    write(tmp_path / "test.txt", yolo_line(1))
+    assert [len(s.records) for s in load_splits(tmp_path)] == [5, 1]
+
+
+def test_the_exact_name_of_annotations_goes_before_longer_ones(tmp_path):
+    coco_parts(tmp_path)
+    shutil.copy(tmp_path / "annotations" / "val.json", tmp_path / "annotations" / "train_mini.json")
+    assert load_splits(tmp_path)[0].name == "train"
+
+
 # Chosen classes
 
 

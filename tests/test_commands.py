@@ -84,6 +84,7 @@ def test_a_run_leaves_everything_it_promises(finished_run):
         "precision_recall.png",
         "confusion.png",
         "mistakes.png",
+        "report.html",
     }
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2] and rows[-1]["step"] == 6

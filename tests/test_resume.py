@@ -193,7 +193,8 @@ def test_last_pth_knows_of_every_best_pth(tiny_data, tmp_path, monkeypatch, caps
     )
     assert status == 0, error
     best = [(i, figure) for i, (name, _, figure) in enumerate(written) if name == "best.pth"]
-    assert best and all(written[i + 1][:2] == ("last.pth", figure) for i, figure in best)
+    assert written[-1][0] == "best.pth"  # with its thresholds, at the end
+    assert best[:-1] and all(written[i + 1][:2] == ("last.pth", figure) for i, figure in best[:-1])
 
 
 def test_last_pth_is_written_by_the_clock_and_at_the_end(tiny_data, tmp_path, monkeypatch, capsys):

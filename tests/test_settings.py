@@ -350,6 +350,7 @@ def test_an_option_that_is_given_is_in_the_settings(option):
         "plain_end": 0.5,
         "decay_all": True,
         "exact_sides": False,
+        "tile": 640,
     }.get(option, 1)
     s = resolve_settings(
         {"data": "mine", "image_size": 128} | {option: value}, pictures(800), OF_INIT if option == "init" else None

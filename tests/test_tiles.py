@@ -127,3 +127,12 @@ def test_tiles_are_advised_where_objects_lose_their_pixels(tmp_path, monkeypatch
     root = write_coco(tmp_path, {"train": 2, "val": 2}, size=(3000, 2000))
     status, out, error = called(datasets.main, [root, "--out", tmp_path / "s.png"], monkeypatch, capsys)
     assert status == 0 and "suspicious:" in out and "train.py --tile 640" in out, error
+
+
+def test_a_tile_decides_the_image_size_whatever_else_does(tmp_path, monkeypatch, capsys):
+    data = write_coco(tmp_path / "data", {"train": 4, "val": 2})
+    arguments = ["--data", data, "--backbone", "ecvit-nano", "--steps", 1, "--batch-size", 2, "--out", tmp_path / "run"]
+    status, _, error = called(train.main, [*arguments, "--tile", 16], monkeypatch, capsys)
+    assert status == 2 and "--tile 16: has to be 32 pixels or more" in error and error.count("\n") == 1
+    status, out, error = called(train.main, [*arguments, "--tile", 40, "--detector", "ecdet"], monkeypatch, capsys)
+    assert status == 0 and "image_size=32" in out, error

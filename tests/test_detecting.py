@@ -565,8 +565,8 @@ def test_a_run_goes_on_where_its_data_was_moved_to(tmp_path, monkeypatch, capsys
 
 def test_paths_are_kept_relative_to_the_run(tmp_path, monkeypatch, capsys):
     write_coco(tmp_path / "project" / "my data", {"train": 6, "val": 2})
-    (tmp_path / "project" / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "project" / "work")
+    (tmp_path / "project" / "sub").mkdir()
+    monkeypatch.chdir(tmp_path / "project" / "sub")
     arguments = ["--data", "../my data", *SMALL, "--steps", 3, "--workers", 0, "--out", "runs/a"]
     status, _, error = called(train.main, arguments, monkeypatch, capsys)
     assert status == 0, error
@@ -575,10 +575,10 @@ def test_paths_are_kept_relative_to_the_run(tmp_path, monkeypatch, capsys):
     torch.save(content, "runs/a/last.pth")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "project").rename(tmp_path / "moved")
-    status, out, error = called(train.main, ["--resume", "moved/work/runs/a"], monkeypatch, capsys)
+    status, out, error = called(train.main, ["--resume", "moved/sub/runs/a"], monkeypatch, capsys)
     assert status == 0 and "moved/my data: coco layout" in out, error
     monkeypatch.chdir("/")
-    status, out, error = called(evaluate.main, [tmp_path / "moved/work/runs/a/best.pth"], monkeypatch, capsys)
+    status, out, error = called(evaluate.main, [tmp_path / "moved/sub/runs/a/best.pth"], monkeypatch, capsys)
     assert status == 0 and "AP50" in out, error
 
 

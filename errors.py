@@ -37,6 +37,11 @@ def run_script(main):
             stream.reconfigure(errors="backslashreplace")
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # as in `python datasets.py DIR | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print("stopped: the output was closed", file=sys.stderr)
+        sys.exit(141)
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

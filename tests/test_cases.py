@@ -3,12 +3,15 @@
 import json
 import shutil
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 from pycocotools import mask
 from test_commands import SMALL, called
@@ -954,3 +957,10 @@ def test_similar_images_in_both_parts_are_said(tmp_path, monkeypatch, capsys):
     alike = [line for line in content["problems"] if "look like" in line]
     assert status == 1 and len(alike) == 1 and alike[0].startswith("1 images of val") and "val/2.png" in alike[0], error
     assert "coco layout" in error and any("3 images" in line for line in content["train"])
+
+
+def test_output_that_nobody_reads_is_no_error(tmp_path):
+    coco_parts(tmp_path)
+    command = f"{sys.executable} {ROOT / 'datasets.py'} {tmp_path} --out {tmp_path / 's.png'} | true"
+    process = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert "Traceback" not in process.stderr and "BrokenPipe" not in process.stderr, process.stderr

@@ -1,22 +1,16 @@
-"""Reads datasets of any common layout into one form, a `Split` of `Record`s, and checks every image and box.
+"""Reads datasets of any common layout into one form, a `Split` of `Record`s, checked by checks.py.
 
 Layouts: COCO, Pascal VOC and YOLO, as their authors, the tools that export them, and hands leave them; see LAYOUTS. A
 `Folder` lists all files once. The annotations are found in it, read by annotations.py, and matched with their images.
 """
 
-import math
 import os
 import re
-import threading
-from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from annotations import (
     MALFORMED,
@@ -30,9 +24,10 @@ from annotations import (
     require_inside,
     require_string,
 )
+from checks import check
 from errors import UserError
 from folder import MOST_LOOKED_INTO, Folder, count_paths, depth, listing, parts_of
-from transforms import CLOSED_SUFFIXES, IMAGE_SUFFIXES, common_range, extremes, open_image, upright_size
+from transforms import CLOSED_SUFFIXES, IMAGE_SUFFIXES
 
 VAL_FRACTION = 0.2  # of a dataset that has one part only
 BACKGROUND = "images have no annotation file and are taken as background"
@@ -721,111 +716,3 @@ def detect_layout(folder):
             return name
     signs = "; ".join(f"{name}: {signs}" for name, signs, _ in SIGNS)
     raise UserError(f"{folder.root}: unknown layout. Looked for {signs}. Found: {listing(folder.root)}")
-
-
-# Checking images and boxes
-
-LARGE_IMAGE = 2**24  # pixels; only one image of more is in memory at a time
-LARGE_IMAGE_LOCK = threading.Lock()
-
-
-def check(split, skip_bad_images=False):
-    """Decodes every image and repairs every box of a Split, in place; counts what was found in `split.remarks`.
-
-    Raises UserError if images can't be read, unless skip_bad_images leaves them out.
-    """
-    probes = leave_out_unreadable(split, skip_bad_images)
-    split.value_range = common_range([probe.extremes for probe in probes])
-    counts = Counter()
-    for record, probe in zip(split.records, probes):
-        set_size(record, probe.stored, probe.upright, counts)
-        clean_boxes(record, counts)
-        counts["images have colours of 16 bits, of which the upper 8 count"] += probe.has_deep_colours
-    repeats = Counter(record.image_id for record in split.records)
-    for record in split.records:
-        if repeats[record.image_id] > 1:  # the same name in several folders
-            record.image_id = str(record.path)
-    empty = sum(not len(r.boxes) for r in split.records)
-    if empty:
-        counts["images have no box (kept as background)"] = empty
-    split.remarks += [f"{count} {what}" for what, count in counts.items() if count]
-
-
-def leave_out_unreadable(split, skip_bad_images):
-    """Decodes every image -> the Probes of those that can be read; the others leave the Split."""
-    with ThreadPoolExecutor() as pool:
-        progress = tqdm(
-            pool.map(probe_image, split.records),
-            f"checking {split.name}",
-            len(split.records),
-            leave=False,
-            disable=None if len(split.records) > 2000 else True,
-        )
-        probes = list(progress)
-    bad = [p for p in probes if isinstance(p, str)]
-    if bad:
-        listed = "; ".join(bad[:10]) + (f"; and {len(bad) - 10} more" if len(bad) > 10 else "")
-        if not skip_bad_images or len(bad) == len(probes):
-            raise UserError(
-                f"{split.name}: {len(bad)} of {len(probes)} images can't be read ({listed}). "
-                "Repair them, or leave them out with --skip-bad-images"
-            )
-        split.remarks.append(f"{len(bad)} images left out: {listed}")
-    split.records = [r for r, p in zip(split.records, probes) if not isinstance(p, str)]
-    return [p for p in probes if not isinstance(p, str)]
-
-
-class Probe(NamedTuple):
-    """What decoding an image has shown."""
-
-    stored: tuple  # (width, height)
-    upright: tuple  # the same once it is rotated as its EXIF says
-    extremes: tuple | None  # see transforms.extremes
-    has_deep_colours: bool  # of 16 bits
-
-
-def probe_image(record):
-    """Decodes an image -> Probe, or a str that says why it can't be read."""
-    try:
-        with open_image(record.path) as image:
-            has_deep_colours = ";16" in str(image.tile) and not image.mode.startswith("I")  # before it is loaded
-            stored, upright = image.size, upright_size(image)
-            is_large = stored[0] * stored[1] > LARGE_IMAGE
-            with LARGE_IMAGE_LOCK if is_large else nullcontext():
-                image.draft("RGB", (max(1, stored[0] // 8), max(1, stored[1] // 8)))  # JPEGs: at an eighth of the size
-                image.load()
-                return Probe(stored, upright, extremes(image), has_deep_colours)
-    except Exception as error:  # PIL raises many kinds on broken files; each is the file's fault
-        return f"{record.path}: {error}"
-
-
-def set_size(record, stored, upright, counts):
-    """Gives a Record the size of its file, and boxes in pixels where they were fractions."""
-    declared = (record.width, record.height)
-    if declared == stored != upright:  # annotated on the stored pixels: the image is not rotated
-        record.upright, upright = False, stored
-    elif declared not in (upright, (0, 0)):
-        counts["images differ in size from their annotations (the file's size is used)"] += 1
-    record.width, record.height = upright
-    if record.relative:
-        record.boxes = record.boxes * (upright * 2)
-        record.areas = record.areas * math.prod(upright)
-        record.relative = False
-
-
-def clean_boxes(record, counts):
-    """Clips a Record's boxes to its image and drops the empty ones."""
-    if not len(record.boxes):
-        return
-    limit = np.array([record.width, record.height] * 2)
-    finite = np.isfinite(record.boxes).all(1)
-    boxes = np.where(finite[:, None], record.boxes, 0)
-    clipped = boxes.clip(0, limit)
-    sides = clipped[:, 2:] - clipped[:, :2]
-    keep = finite & (sides > 0).all(1)
-    outside = keep & (np.abs(clipped - boxes).max(1) > 1)  # less is rounding
-    counts["boxes clipped to their image"] += int(outside.sum())
-    counts["empty, inverted, outside or non-finite boxes dropped"] += int((~keep).sum())
-    record.boxes, record.labels, record.ignored = clipped[keep], record.labels[keep], record.ignored[keep]
-    areas = record.areas[keep]
-    record.areas = np.where(np.isfinite(areas) & (areas > 0), areas, sides[keep].prod(1))

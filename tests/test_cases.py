@@ -686,7 +686,7 @@ def test_deep_images_are_scaled_by_one_rule(values, low, high, tmp_path):
         for index, record in enumerate(split.records):
             pixels = DetectionDataset(split, None).load(index)[0][0].numpy()
             expected = (values[int(record.path.stem)].astype(float) - low) * 255 / (high - low)
-            assert np.abs(pixels - expected).max() <= 6 if values.dtype == np.float32 else 1
+            assert np.abs(pixels - expected).max() <= (6 if values.dtype == np.float32 else 1)
 
 
 def test_a_hot_pixel_does_not_set_the_range_of_floats(tmp_path):

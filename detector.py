@@ -23,7 +23,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from checkpoint import LARGEST, check_thresholds, load_detector, write_folder
 from datasets import OVERLAP, collate, equal_batches, tiles_of
-from devices import autocast, choose_precision, find_device
+from devices import Graphed, autocast, choose_precision, find_device
 from errors import UserError
 from mistakes import DEFAULT
 from transforms import MEAN, eval_transforms, longest_side, read_image, resized_sides, to_rgb
@@ -76,6 +76,7 @@ class Detector:
         config = content["config"]
         image_size = image_size or config["image_size"]
         self.model, self.postprocess, self.content = model, postprocess, content
+        self.graphed = Graphed(model)
         self.classes, self.category_ids = content["classes"], content["category_ids"]
         self.device, self.precision = device, precision
         self.threshold, self.by_class = thresholds_of(content, threshold)
@@ -133,7 +134,7 @@ class Detector:
         for batch in equal_batches(sizes, len(images), divisor):
             pixels, mask, _ = collate([inputs[i] for i in batch], divisor)
             with self.autocast:
-                outputs = self.model(pixels.to(self.device, memory_format=torch.channels_last), mask)
+                outputs = self.graphed(pixels.to(self.device, memory_format=torch.channels_last), mask)
             original_sizes = torch.tensor([[images[i].height, images[i].width] for i in batch], device=self.device)
             for i, detections in zip(batch, self.postprocess(outputs, original_sizes)):
                 results[i] = {key: value.cpu() for key, value in detections.items()}

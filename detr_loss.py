@@ -16,12 +16,17 @@ from layers import to_device
 
 def pairwise_giou(a, b):
     """a, b (..., 4) xyxy, broadcast against each other -> IoU and generalised IoU (arXiv 1902.09630), each (...)."""
-    area_a, area_b = ((x[..., 2:] - x[..., :2]).prod(-1) for x in (a, b))
-    overlap = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
-    hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).prod(-1)
+    area_a, area_b = (area(x[..., 2:] - x[..., :2]) for x in (a, b))
+    overlap = area((torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0))
+    hull = area(torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2]))
     union = area_a + area_b - overlap
     iou = overlap / union.clamp(min=1e-9)
     return iou, iou - (hull - union) / hull.clamp(min=1e-9)
+
+
+def area(sides):
+    """sides (..., 2) -> (...). The backward pass of prod waits for a GPU, as it looks for zeros."""
+    return sides[..., 0] * sides[..., 1]
 
 
 def to_xyxy(boxes):
@@ -196,7 +201,7 @@ class SetCriterion(nn.Module):
             return softmax_loss(logits, target_classes, self.no_object_weight)
         target_scores = torch.zeros_like(logits)
         if self.class_loss == "focal":
-            target_scores[*matched, labels] = 1
+            target_scores[*matched, labels] = target_scores.new_ones(())  # a number would be copied to the GPU
             return sigmoid_focal_loss(logits, target_scores, alpha=0.25, gamma=2).sum((1, 2, 3)) / total
         target_scores[*matched, labels] = iou.clamp(min=1e-3) ** 1.5
         return quality_loss(logits, target_scores).sum((1, 2)) / total

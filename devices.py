@@ -1,6 +1,7 @@
 """What to compute on, in which precision, and how long it takes: the same choice for every script."""
 
 import time
+from collections import Counter
 from contextlib import nullcontext
 
 import torch
@@ -71,3 +72,51 @@ def seconds_of(functions, repeats, device=None, warm_up=2):
                 torch.cuda.synchronize()
             found.append(time.perf_counter() - started)
     return [found[warm_up:] for found in seconds]
+
+
+class Graphed:
+    """A network in evaluation whose calls on a GPU are recorded as CUDA graphs, one for each shape of its inputs.
+
+    A network launches a thousand small operations, which takes the host longer than the GPU needs for one image; a
+    graph launches them at once. A shape is recorded when it comes for the third time. The outputs of a call are
+    overwritten by the next. On other devices it is the network itself.
+    """
+
+    KEPT = 8  # graphs; images of ever new shapes are computed as they come
+
+    def __init__(self, model):
+        self.model, self.counts, self.graphs, self.pool = model, Counter(), {}, None
+
+    def __call__(self, images, mask):
+        """images (B, 3, H, W) on the device, mask (B, H, W) on the host."""
+        shape = tuple(images.shape), bool(mask.any())  # which changes what is computed
+        if images.device.type == "cuda" and shape not in self.graphs and len(self.graphs) < self.KEPT:
+            self.counts[shape] += 1
+            if self.counts[shape] > 2:
+                self.graphs[shape] = self.record(images, mask)
+        if self.graphs.get(shape) is None:
+            return self.model(images, mask)
+        graph, own_images, own_mask, outputs = self.graphs[shape]
+        own_images.copy_(images)
+        own_mask.copy_(mask)
+        graph.replay()
+        return outputs
+
+    def record(self, images, mask):
+        """-> the graph, its inputs, its outputs; None if the network waits for the host or there is no more memory."""
+        images, mask = images.clone(), mask.pin_memory()
+        graph, kind = torch.cuda.CUDAGraph(), torch.get_autocast_dtype("cuda")
+        self.pool = self.pool or torch.cuda.graph_pool_handle()  # as only one runs at a time, they share their memory
+        # Weights that autocast casts once and keeps would be gone when the graph runs.
+        with torch.autocast("cuda", kind, torch.is_autocast_enabled("cuda"), cache_enabled=False):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self.model(images, mask)  # libraries choose their kernels in a first call
+            torch.cuda.current_stream().wait_stream(stream)
+            try:
+                with torch.cuda.graph(graph, self.pool):
+                    outputs = self.model(images, mask)
+            except RuntimeError:
+                return None
+        return graph, images, mask, outputs

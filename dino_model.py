@@ -134,7 +134,7 @@ class DINO(nn.Module):
         memory = torch.cat([level.flatten(2).transpose(1, 2) for level in maps], dim=1)
         sizes = [level.shape[-2:] for level in maps]
         level_embed = torch.cat([row.expand(h * w, -1) for row, (h, w) in zip(self.level_embed, sizes)])
-        pos = sine_embedding(cells.centres[..., [1, 0]], memory.shape[-1] // 2, TEMPERATURE).flatten(2) + level_embed
+        pos = sine_embedding(cells.centres.flip(-1), memory.shape[-1] // 2, TEMPERATURE).flatten(2) + level_embed
         pos = pos.to(memory.dtype)
         for layer in self.encoder:
             memory = layer(memory, pos, cells.centres, *around)

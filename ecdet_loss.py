@@ -10,7 +10,7 @@ from torch import nn
 
 from detr_loss import number_in_batch, pairwise_giou, quality_loss, repeat_matches, stack_layers, to_xyxy
 from distributed import all_reduce_mean, average_count
-from layers import small_tensor, to_device
+from layers import to_device
 
 REG_MAX, REG_SCALE, UP = 32, 4.0, 0.5  # an edge's distribution: the number of its last bin, its scale, its reach
 TEMPERATURE = 5.0  # softens the distributions that the last layer distills into earlier ones
@@ -19,9 +19,9 @@ TEMPERATURE = 5.0  # softens the distributions that the last layer distills into
 def bin_distances(device=None):
     """W(n) (33,), the edge distance of each bin: dense around 0, from -2 * UP * REG_SCALE to 2 * UP * REG_SCALE."""
     step = (UP * REG_SCALE + 1) ** (2 / (REG_MAX - 2))
-    inner = [step**k - 1 for k in range(1, REG_MAX // 2)]
-    positive = inner + [2 * UP * REG_SCALE]
-    return small_tensor([-v for v in reversed(positive)] + [0.0] + positive, device)
+    n = torch.arange(-REG_MAX // 2, REG_MAX // 2 + 1, device=device)
+    distance = (step ** n.abs() - 1).masked_fill(n.abs() == REG_MAX // 2, 2 * UP * REG_SCALE)
+    return n.sign() * distance
 
 
 def corners_to_boxes(initial, corners):

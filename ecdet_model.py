@@ -25,7 +25,6 @@ from layers import (
     make_denoising,
     select_queries,
     shift_boxes,
-    small_tensor,
     split_queries,
     unpadded_size,
 )
@@ -421,7 +420,8 @@ class ECDet(nn.Module):
     def forward(self, images, mask, targets=None):
         features = self.pyramid(self.backbone(images))
         h, w = (n * self.pyramid.strides[0] for n in features[0].shape[-2:])
-        valid_ratio = unpadded_size(mask.to(images.device, non_blocking=True)) / small_tensor([w, h], images.device)
+        width, height = unpadded_size(mask.to(images.device, non_blocking=True)).unbind(1)
+        valid_ratio = torch.stack([width / w, height / h], dim=1)
         return self.decoder(self.encoder(features), valid_ratio, targets)
 
     def class_layers(self):

@@ -19,8 +19,9 @@ import os
 import signal
 import sys
 import time
-from collections import Counter
-from contextlib import nullcontext
+from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from fractions import Fraction
 from functools import partial
 from itertools import chain, count, islice
@@ -28,6 +29,8 @@ from operator import itemgetter
 from pathlib import Path
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what Apple's GPUs can't do yet then runs on the CPU
+from PIL import Image
+
 from annotations import DatasetWriter
 from detector import load
 from devices import PRECISIONS
@@ -38,7 +41,7 @@ from plots import draw_boxes
 from transforms import IMAGE_SUFFIXES, allow_large_images, read_image
 
 VIDEO_SUFFIXES = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts"}
-FRAMES_ON_GPU = 8  # of a video that share a batch
+IMAGES_ON_GPU = 8  # or frames of a video, that share a batch
 SHORTEST_TIME = Fraction(1, 60_000)  # MPEG-4, which is written without libx264, has no shorter unit
 STOPPED = "stopped"
 CAMERAS = {"linux": ("/dev/video{}", "v4l2"), "darwin": ("{}", "avfoundation"), "win32": ("video={}", "dshow")}
@@ -185,42 +188,104 @@ def detect_in_files(paths, names, detector, out, dataset=None, least_sure=None):
     detections.json of what was done.
     """
     failed, doubts, seconds, count = [], {}, 0.0, 0
-    with JsonList(out / "detections.json") as results:
-        for path, name in zip(paths, names):
-            try:
-                if is_video(path):
-                    detect_in_frames(path, name, out / f"{name}.mp4", detector, results)
-                else:
-                    lowest = detector.threshold / 4 if least_sure else None  # see mistakes.doubt
-                    image, found, took = detect_in_image(path, name, out / f"{name}.jpg", detector, results, lowest)
-                    seconds, count = seconds + took, count + 1
+    together = images_at_a_time(detector)
+    with JsonList(out / "detections.json") as results, opened_ahead(paths, detector, together) as opened:
+        for group in grouped(zip(paths, names, opened), together):
+            started = time.time()
+            found = detect_together([image for *_, image in group], detector, least_sure)
+            seconds += time.time() - started
+            for (path, name, image), detections in zip(group, found):
+                try:
+                    if image is None:
+                        detect_in_frames(path, name, out / f"{name}.mp4", detector, results)
+                        continue
+                    if isinstance(detections, Exception):
+                        raise detections
                     if least_sure:
-                        doubts[path] = doubt(found["scores"].numpy(), detector.threshold)
+                        doubts[path] = doubt(detections["scores"].numpy(), detector.threshold)
+                        detections = above(detections, detector)
+                    write_image(path, name, image, detections, out / f"{name}.jpg", detector, results)
+                    count += 1
                     if dataset:
-                        dataset.add(path, name, image.size, above(found, detector))
-            except Exception as error:  # PIL raises exceptions of many types for broken files, torch for odd sizes
-                failed.append(say_failure(path, error))
+                        dataset.add(path, name, image.size, detections)
+                except Exception as error:  # PIL raises exceptions of many types for broken files, torch for odd sizes
+                    failed.append(say_failure(path, error))
     speed = f", {count / max(seconds, 1e-9):.1f} images/s" if count else ""
     print(f"{results.count} detections in {count} images{speed}; written to {out}/")
     return failed, doubts
 
 
-def detect_in_image(path, name, out, detector, results, lowest=None):
-    """Writes the rows of an image to `results` and its drawing to `out` -> image, detections, seconds they took.
+def images_at_a_time(detector):
+    """A GPU takes several images as fast as one; a CPU takes no less for each, and tiles are batches of their own."""
+    on_gpu = hasattr(detector, "device") and detector.device.type != "cpu"
+    return IMAGES_ON_GPU if on_gpu and detector.tile is None else 1
 
-    lowest: the returned detections go down to this score, not only to those that are written.
+
+@contextmanager
+def opened_ahead(paths, detector, count):
+    """Threads open `count` images more than are in use -> an iterator over PIL images; an exception for one that can't
+    be opened, None for a video."""
+
+    def read(path):
+        try:
+            return None if is_video(path) else read_image(path, value_range=detector.value_range)
+        except Exception as error:  # PIL raises exceptions of many types for broken files
+            return error
+
+    def in_order():
+        waiting = deque()
+        for path in paths:
+            waiting.append(pool.submit(read, path))
+            if len(waiting) > count:
+                yield waiting.popleft().result()
+        for future in waiting:
+            yield future.result()
+
+    pool = ThreadPoolExecutor(min(8, count))
+    try:
+        yield in_order()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def grouped(files, most):
+    """(path, name, image) of files -> lists of up to `most` images; a video is a list of its own."""
+    group = []
+    for file in files:
+        if group and (file[2] is None or len(group) == most):
+            yield group
+            group = []
+        group.append(file)
+        if file[2] is None:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def detect_together(images, detector, least_sure):
+    """images: PIL images, exceptions, None -> for each its detections, or the exception that it is or that it raised.
+
+    least_sure: detections down to the scores that mistakes.doubt takes, not only those that are written.
     """
-    image = read_image(path, value_range=detector.value_range)
-    started = time.time()
-    everything = detector(image) if lowest is None else detector(image, threshold=lowest)
-    seconds = time.time() - started
-    found = everything if lowest is None else above(everything, detector)
+    options = {"threshold": detector.threshold / 4} if least_sure else {}
+    real = [image for image in images if isinstance(image, Image.Image)]
+    try:
+        found = iter([detector(real[0], **options)] if len(real) == 1 else detector(real, **options) if real else [])
+    except Exception as error:
+        if len(images) == 1:
+            return [error]
+        return [detect_together([image], detector, least_sure)[0] for image in images]  # it costs no other
+    return [next(found) if isinstance(image, Image.Image) else image for image in images]
+
+
+def write_image(path, name, image, found, out, detector, results):
+    """Writes the rows of an image to `results` and its drawing to `out`."""
     print(f"  {path.name:30s} {count_by_name(found['names'])}")
     results.extend(rows_of(found, detector, {"image_id": name, "file_name": str(path)}))
     drawn = draw_boxes(image, found["boxes"], found["labels"], detector.classes, found["scores"])
     with writing(out, also=[ValueError]):
         drawn.save(out, quality=92)
-    return image, everything, seconds
 
 
 def above(found, detector):
@@ -389,7 +454,7 @@ def detect_in_video(source, detector, out, report):
         print(f"  {source}: its sound is left out")
     rate = Fraction(stream.average_rate or 25).limit_denominator(1001)
     on_gpu = hasattr(detector, "device") and detector.device.type != "cpu"
-    batch_size = FRAMES_ON_GPU if on_gpu and not source.isdigit() else 1
+    batch_size = IMAGES_ON_GPU if on_gpu and not source.isdigit() else 1
     frames, writer = FrameReader(container, stream), VideoWriter(out, rate, stream.time_base)
     start = Fraction(container.start_time or 0, av.time_base)
     done, troubles = 0, []

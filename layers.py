@@ -51,11 +51,6 @@ def in_float32(module, x):
         return module(x.float())
 
 
-def small_tensor(values, device):
-    """torch.tensor(values, device="cuda") waits for the GPU to finish its work; this does not."""
-    return torch.tensor(values).to(device, non_blocking=True)
-
-
 def to_device(indices, device):
     """Index tensors (M,) on the host -> on the device, in one copy."""
     return torch.stack(indices).to(device, non_blocking=True).unbind()
@@ -78,7 +73,8 @@ def grid_embedding(y, x, dim):
 
 def box_embedding(boxes, dim):
     """boxes (B, Q, 4) -> (B, Q, 2 * dim): sine embeddings of y, x, h, w, as in DAB-DETR (arXiv 2201.12329)."""
-    return sine_embedding(boxes[..., [1, 0, 3, 2]], dim // 2).flatten(2)
+    yxhw = boxes.unflatten(-1, (2, 2)).flip(-1).flatten(-2)
+    return sine_embedding(yxhw, dim // 2).flatten(2)
 
 
 def is_padded(mask):
@@ -122,7 +118,7 @@ def make_cells(mask, sizes, strides, border_is_padding=False):
         cell_sizes.append(cell[:, None].expand(-1, h * w, -1))
         rows, columns = (is_beyond(n, border_is_padding) for n in (y, x))
         padding.append((rows[:, :, None] | columns[:, None, :]).flatten(1))
-        ratios.append(1 / (cell * small_tensor([w, h], cell.device)))
+        ratios.append(1 / torch.stack([cell[:, 0] * w, cell[:, 1] * h], dim=1))
     parts = (torch.cat(part, dim=1) for part in (centres, cell_sizes, padding))
     return Cells(*parts, torch.stack(ratios, dim=1))
 
@@ -200,7 +196,8 @@ class DeformableAttention(nn.Module):
         for i, (level, offset, weight) in enumerate(by_level):
             ratio = 1 if valid_ratios is None else valid_ratios[:, i, None, None, :, None]
             if reference.shape[-2] == 2:
-                unit = 2 / small_tensor(level.shape[:1:-1], level.device)[:, None]
+                h, w = level.shape[-2:]
+                unit = torch.cat([offset.new_full((1, 1), 2 / n) for n in (w, h)])
             else:
                 unit = ratio * reference[..., 2:, :] * scales[i][:, None, None]
             grid = torch.addcmul(2 * ratio * reference[..., :2, :] - 1, offset, unit)
@@ -381,7 +378,7 @@ def make_denoising(targets, num_classes, num_queries, num_denoising=100):
     flipped = (torch.rand(labels.shape, device=labels.device) < LABEL_NOISE) & (labels < num_classes)
     labels = torch.where(flipped, torch.randint_like(labels, num_classes), labels)
     sign = torch.randint_like(boxes, 2) * 2 - 1
-    shift = sign * (torch.rand_like(boxes) + negative[:, None]) * boxes[..., [2, 3, 2, 3]] / 2
+    shift = sign * (torch.rand_like(boxes) + negative[:, None]) * boxes[..., 2:].repeat(1, 1, 2) / 2
     moved = (box_convert(boxes, "cxcywh", "xyxy") + shift).clamp(0, 1)
     x1, y1, x2, y2 = moved.unbind(-1)  # edges may have crossed
     boxes = torch.stack([(x1 + x2) / 2, (y1 + y2) / 2, (x2 - x1).abs(), (y2 - y1).abs()], dim=-1)

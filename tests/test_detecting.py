@@ -366,6 +366,38 @@ def test_frames_share_batches_on_a_gpu_alone(tmp_path):
     assert all(torch.equal(a["boxes"], b["boxes"]) and a["time"] == b["time"] for a, b in zip(rows, alone))
 
 
+class OnGpu(Squares):
+    """Takes several images at a time, and none that is blue; `sizes` of its batches."""
+
+    device, tile = torch.device("cuda"), None
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __call__(self, images):
+        if not isinstance(images, list):
+            return self([images])[0]
+        self.sizes.append(len(images))
+        if any(image.getpixel((0, 0)) == (0, 0, 255) for image in images):
+            raise RuntimeError("blue")
+        return [super(OnGpu, self).__call__(image) for image in images]
+
+
+def test_images_share_batches_on_a_gpu_and_one_that_fails_costs_no_other(detect, tmp_path):
+    paths = [red_square(tmp_path / f"{i:02}.png", (80 + i, 60)) for i in range(20)]
+    (tmp_path / "03.png").write_bytes(b"no image")
+    Image.new("RGB", (60, 60), (0, 0, 255)).save(tmp_path / "12.png")
+    gpu, good = OnGpu(), [f"{i:02}" for i in range(20) if i not in (3, 12)]
+    status, out, error, rows = detect(*paths, detector=gpu)
+    assert status == 2 and "2 of 20 files" in error and "12.png: blue" in error
+    assert [row["image_id"] for row in rows] == good and "18 images" in out
+    assert gpu.sizes == [7, 8, *[1] * 8, 4]  # the second batch again, image by image
+    _, _, _, alone = detect(*paths, out=tmp_path / "alone")
+    assert [row for row in alone if row["image_id"] != "12"] == rows
+    assert all((tmp_path / "out" / f"{name}.jpg").exists() for name in good)
+
+
 def test_a_video_that_can_not_be_written_is_detected_in_all_the_same(detect, tmp_path):
     clip = write_intra(tmp_path / "clip.mp4", range(0, 1000, 100))
     (tmp_path / "out" / "clip.mp4").mkdir(parents=True)

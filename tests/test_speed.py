@@ -1,5 +1,6 @@
 """What a training step costs, counted and not timed: what grows here, somebody has to want."""
 
+import json
 import subprocess
 import sys
 import weakref
@@ -7,6 +8,7 @@ import weakref
 import benchmark
 import peers
 import pytest
+import record
 import torch
 from conftest import ROOT
 from test_commands import called
@@ -194,3 +196,36 @@ def test_a_detector_on_its_own_backbone_imports_no_model_of_transformers():
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
         == "[]\n"
     )
+
+
+def test_a_machine_is_recorded_and_set_beside_another(tiny_data, tmp_path, monkeypatch, capsys):
+    file, other = tmp_path / "mine.json", tmp_path / "yours.json"
+    small = ["--side", 64, "--batch-size", 2, "--repeats", 1, "--detectors", "detr", "ssd"]
+    status, _, error = called(record.main, [file, "steps", *small], monkeypatch, capsys)
+    assert status == 0, error
+    more = ["learning", "--data", tiny_data, "--side", 48, "--minutes", 0.05]
+    status, _, error = called(record.main, [file, *more], monkeypatch, capsys)
+    assert status == 0, error
+    rows = {row["name"]: row for row in json.loads(file.read_text())["rows"]}  # those of the first part are still there
+    assert not [row for row in rows.values() if "error" in row]
+    for detector in ("detr", "ssd"):
+        step = next(row for name, row in rows.items() if name.startswith(f"{detector}: train"))
+        assert step["images/s"] == pytest.approx(2000 / step["ms"], rel=1e-2) and 0 < step["limit"] < 1
+    assert any("0.05 minutes" in name and row["AP"] >= 0 for name, row in rows.items())
+
+    monkeypatch.setattr(record, "CASES", {"detr": "no such backbone"})  # a row that fails says why, and costs no other
+    status, _, error = called(record.main, [other, "steps", *small[:-1]], monkeypatch, capsys)
+    assert status == 0, error
+    status, out, error = called(record.main, [file, other], monkeypatch, capsys)
+    assert status == 0, error
+    lines = out.splitlines()
+    assert len(lines) == 2 + len(rows) and all(line.count(" | ") == 2 for line in lines[2:])
+    assert any("error UserError" in line for line in lines)
+    for arguments, message in [
+        ([file, "learning"], "learning: name a dataset, --data DIR"),
+        ([file, "steps", "speed"], "speed: there are steps, peers, learning"),
+        ([file, "speed"], "speed: no such file, nor a part to measure"),
+        ([tiny_data / "train2017" / "000.png"], "not a file of tools/record.py"),
+    ]:
+        status, _, error = called(record.main, arguments, monkeypatch, capsys)
+        assert status == 2 and message in error and error.count("\n") == 1

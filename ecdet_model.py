@@ -19,6 +19,7 @@ from layers import (
     ONE_ROW_EACH,
     DeformableAttention,
     Mlp,
+    attend,
     gather_cells,
     in_float32,
     init_heads,
@@ -128,11 +129,11 @@ class SelfAttention(nn.Module):
         q, k = F.linear(x + pos, w_qk, b_qk).unflatten(-1, (2, HEADS, -1)).permute(2, 0, 3, 1, 4)
         v = F.linear(x, w_v, b_v).unflatten(-1, (HEADS, -1)).transpose(1, 2)
         if bias is None:
-            x = F.scaled_dot_product_attention(q, k, v)
+            x = attend(q, k, v)
         else:
             d = len(bias)
-            copies = F.scaled_dot_product_attention(q[:, :, :d], k, v, attn_mask=bias.to(q.dtype))
-            others = F.scaled_dot_product_attention(q[:, :, d:], k[:, :, d:], v[:, :, d:])
+            copies = attend(q[:, :, :d], k, v, bias)
+            others = attend(q[:, :, d:], k[:, :, d:], v[:, :, d:])
             x = torch.cat([copies, others], dim=2)
         return self.out_proj(x.transpose(1, 2).flatten(2))
 

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from layers import attend
+
 # dim: width D; depth: blocks; pyramid_dim: width of the pyramid (None: D); skip: add the stem's map to the finest level
 CONFIGS = {
     "ecvit-nano": dict(dim=128, heads=2, mlp_ratio=4, depth=6, pyramid_dim=None, skip=True),
@@ -129,7 +131,7 @@ class Attention(nn.Module):
     def forward(self, x, sin, cos):
         qk, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).split([2, 1])
         q, k = rotate(qk, sin, cos)
-        x = F.scaled_dot_product_attention(q, k, v[0])
+        x = attend(q, k, v[0])
         return self.proj(x.transpose(1, 2).flatten(2))
 
 

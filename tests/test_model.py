@@ -6,7 +6,7 @@ from peers import detr_weights
 
 from detr_loss import HungarianMatcher, SetCriterion, to_xyxy
 from detr_model import DETECTORS, DETR, ROUNDS, PlainDETR, build_model, is_duplicate, select_distinct
-from layers import make_cells
+from layers import attend, make_cells
 from settings import DEFAULTS
 
 CONFIG = DEFAULTS | dict(
@@ -354,3 +354,20 @@ def test_noisy_copies_do_not_change_what_the_defaults_queries_find():
             FixedFeatures([torch.zeros(1, 8, 4, 4)], [8]), 3, 5, 32, 2, 64, num_denoising=0
         ).state_dict()
     )
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_small_attention_in_bfloat16_is_the_fused_kernels(biased):
+    """On CPUs plain products stand for the kernel where gradients are kept: the same to the digits of bfloat16."""
+    torch.manual_seed(0)
+    exact = [torch.randn(2, 3, n, 16, requires_grad=True) for n in (50, 70, 70)]
+    rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
+    bias = torch.zeros(50, 70).masked_fill(torch.rand(50, 70) < 0.3, -torch.inf) if biased else None
+    expected = torch.nn.functional.scaled_dot_product_attention(*exact, attn_mask=bias)
+    found = attend(*rounded, bias)
+    grad = torch.randn_like(expected)
+    expected.backward(grad)
+    found.backward(grad.bfloat16())
+    assert found.dtype == torch.bfloat16 and (found - expected).abs().max() < 0.05
+    for x, y in zip(exact, rounded):
+        assert (x.grad - y.grad).norm() < 0.02 * x.grad.norm()

@@ -384,30 +384,39 @@ def build_parser():
     return parser
 
 
-def load_split(arguments, content):
-    """The Split to evaluate a checkpoint's content on: that of --data, or of the run. Raises UserError."""
+def load_run_splits(checkpoint, content, data=None, only_val=True, **options):
+    """The data of a checkpoint's run, or other data -> [training Split, validation Split]; options: those of
+    layouts.load_splits, and large_images. Raises UserError."""
     config = content["config"]
-    data = arguments.data or data_of(config, Path(arguments.checkpoint).parent)
+    of_run = {} if data else config  # these settings of the run say nothing about other data
+    data = data or data_of(config, Path(checkpoint).parent)
     if data is None:
-        raise UserError(f"{arguments.checkpoint} does not say what data it was trained with; give --data DIR")
-    of_run = {} if arguments.data else config  # these settings of the run say nothing about other data
-    allow_large_images(arguments.large_images or of_run.get("large_images", False))
-    _, split = load_splits(
+        raise UserError(f"{checkpoint} does not say what data it was trained with; give --data DIR")
+    allow_large_images(options.pop("large_images", False) or of_run.get("large_images", False))
+    splits = load_splits(
         data,
-        arguments.train_split or config.get("train_split"),
-        arguments.val_split or config.get("val_split"),
-        arguments.skip_bad_images or of_run.get("skip_bad_images", False),
-        arguments.layout or of_run.get("layout"),
+        options.get("train_split") or config.get("train_split"),
+        options.get("val_split") or config.get("val_split"),
+        options.get("skip_bad_images") or of_run.get("skip_bad_images", False),
+        options.get("layout") or of_run.get("layout"),
         config.get("val_fraction"),
-        arguments.allow_outside or of_run.get("allow_outside", False),
-        only_val=True,
+        options.get("allow_outside") or of_run.get("allow_outside", False),
+        only_val=only_val,
         classes=config.get("classes"),
         single_class=config.get("single_class", False),
     )
-    if split.classes != content["classes"]:
-        raise UserError(f"the data's classes {split.classes[:5]} are not the checkpoint's {content['classes'][:5]}")
-    split.value_range = config.get("value_range")
-    return split
+    for split in splits:
+        if split.classes != content["classes"]:
+            raise UserError(f"the data's classes {split.classes[:5]} are not the checkpoint's {content['classes'][:5]}")
+        split.value_range = config.get("value_range")
+    return splits
+
+
+def load_split(arguments, content):
+    """The Split that the command line asks for, see load_run_splits."""
+    keys = "data", "large_images", "train_split", "val_split", "skip_bad_images", "layout", "allow_outside"
+    options = {key: getattr(arguments, key) for key in keys}
+    return load_run_splits(arguments.checkpoint, content, **options)[1]
 
 
 def build_loader(split, arguments, config, divisor):
@@ -457,19 +466,26 @@ def evaluate_exported(arguments):
     if arguments.batch_size is not None:
         raise UserError(f"--batch-size {arguments.batch_size}: an exported file gets image by image; leave it out")
     options = {"image_size": arguments.image_size, "precision": arguments.precision}
-    detector, found, seconds = load(arguments.checkpoint, threshold=0.0, **options), {}, []
+    detector = load(arguments.checkpoint, threshold=0.0, **options)
     if detector.tile:
         detector.threshold = LOWEST_SCORE
     split = load_split(arguments, {"config": detector.about.get("data", {}), "classes": detector.classes})
     split.value_range = detector.value_range
+    figures, curves, found, seconds = evaluate_one_by_one(detector, split)
+    print(f"{arguments.checkpoint}: {1000 * seconds:.1f} ms an image")
+    return split, figures, curves, found
+
+
+def evaluate_one_by_one(detector, split):
+    """-> measure's figures and curves of a Detector, its detections, the median seconds of an image."""
+    found, seconds = {}, []
     for index, record in enumerate(split.records):
         image = read_image(record.path, record.upright, value_range=split.value_range)
         started = time.perf_counter()
         found[index] = detector(image)
         del found[index]["names"]
         seconds.append(time.perf_counter() - started)
-    print(f"{arguments.checkpoint}: {1000 * np.median(seconds):.1f} ms an image")
-    return split, *measure(split, found), found
+    return *measure(split, found), found, float(np.median(seconds))
 
 
 def main():

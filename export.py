@@ -3,12 +3,14 @@
 ONNX needs: pip install onnx onnxscript onnxruntime.
 
     python export.py runs/mine/best.pth --image photo.jpg              runs/mine/best.onnx
+    python export.py runs/mine/best.pth --int8                         runs/mine/best.int8.onnx too, a third as large
     python export.py ecdet_s.pth --format torch                        ecdet_s.pt2
     python infer.py photo.jpg --checkpoint runs/mine/best.onnx
 
 The graph takes `images` (B, 3, H, W), RGB in [0, 1]: B is free, H and W are fixed or, with --any-size, multiples of 32.
 It returns `scores` and `labels` (B, D) and `boxes` (B, D, 4) xyxy pixels, best first; the classes are in the file's
-metadata. The file is only written if its detections in the image agree with PyTorch's.
+metadata. The file is only written if its detections in the image agree with PyTorch's. --int8 calibrates on training
+images, and both --int8 and --half print the AP of all files on the validation images.
 """
 
 import argparse
@@ -25,13 +27,16 @@ from torch import nn
 
 from checkpoint import load_detector
 from demo_data import draw_picture
-from detector import ExportedDetector, canvas_size, to_canvas, to_image
+from detector import ExportedDetector, canvas_size, load, to_canvas, to_image
 from devices import seconds_of
 from errors import Offline, UserError, run_script, writing
-from transforms import MEAN, STD, allow_large_images
+from evaluate import evaluate_one_by_one, load_run_splits
+from quantize import to_half, to_int8
+from transforms import MEAN, STD, allow_large_images, read_image
 from weights import first_line
 
 OF_DATA = ("train_split", "val_split", "val_fraction", "classes", "single_class")  # how the run's data was read
+CALIBRATION_IMAGES = 100
 SCORES_WITHIN, BOXES_WITHIN = 1e-3, 0.5  # how far an exported detection may be off: in score, and in pixels
 
 
@@ -57,6 +62,9 @@ def parse_arguments():
         action="store_true",
         help="the graph takes images of any size that is padded to multiples of 32 (of a plain ViT's patch)",
     )
+    parser.add_argument("--int8", action="store_true", help="of ONNX: write a copy in int8 too, for CPUs")
+    parser.add_argument("--half", action="store_true", help="of ONNX: write a copy in float16 too, for GPUs")
+    parser.add_argument("--data", metavar="DIR", help="of --int8 and --half: a dataset (default: that of the run)")
     parser.add_argument("--out", metavar="FILE", help="default: the checkpoint's name with another ending")
     parser.add_argument("--large-images", action="store_true", help="open images that look like decompression bombs")
     parser.add_argument("--offline", action=Offline)
@@ -74,6 +82,7 @@ def main():
             "its non-maximum suppression can't be part of a graph"
         )
     suffix, trace, save = FORMATS[arguments.format]
+    splits = load_data(arguments, content)
     out = Path(arguments.out or Path(arguments.checkpoint).with_suffix(suffix))
     source = arguments.image or draw_picture(np.random.default_rng(0))[0]
     image = to_image(source, content["config"].get("value_range"))
@@ -103,6 +112,61 @@ def main():
     calls = [partial(exported.run, images[:1]), partial(graph, images[:1])]
     theirs, ours = (1000 * statistics.median(seconds) for seconds in seconds_of(calls, 10))
     print(f"one image of {height}x{width}: {theirs:.1f} ms, PyTorch {ours:.1f} ms")
+    if splits:
+        write_smaller(arguments, out, metadata, *splits)
+
+
+def load_data(arguments, content):
+    """-> [training Split, validation Split] for --int8 and --half, or None. Raises UserError."""
+    smaller = [f"--{name}" for name in SMALLER if getattr(arguments, name)]
+    if smaller and arguments.format != "onnx":
+        raise UserError(f"{smaller[0]}: is for --format onnx")
+    if arguments.data and not smaller:
+        raise UserError(f"--data {arguments.data}: is for --int8 and --half; leave it out")
+    if not smaller:
+        return None
+    return load_run_splits(
+        arguments.checkpoint, content, arguments.data, only_val=False, large_images=arguments.large_images
+    )
+
+
+def write_smaller(arguments, out, metadata, train, val):
+    """Writes the copies that are asked for next to `out`, and prints the size, the AP and the time of each file."""
+    print(f"{'':34s} {'MB':>6s} {'AP':>6s} {'AP50':>6s} {'ms':>6s}")
+    print_quality(out, val)
+    for name, convert in SMALLER.items():
+        if getattr(arguments, name):
+            smaller = out.with_name(f"{out.stem}.{name}{out.suffix}")
+            unfinished = smaller.with_name(f"{smaller.stem}.partial.onnx")
+            try:
+                with writing(smaller):
+                    convert(out, unfinished, canvases(train, metadata))
+                    unfinished.replace(smaller)
+            finally:
+                unfinished.unlink(missing_ok=True)
+            print_quality(smaller, val)
+
+
+def print_quality(path, split):
+    figures, _, _, seconds = evaluate_one_by_one(load(path, threshold=0.0), split)
+    megabytes = path.stat().st_size / 1e6
+    figures = f"{figures['AP']:6.3f} {figures['AP50']:6.3f}"
+    print(f"{str(path)[-34:]:34s} {megabytes:6.1f} {figures} {1000 * seconds:6.1f}", flush=True)
+
+
+def canvases(split, metadata):
+    """Arrays (1, 3, H, W), as the graph takes them, of images drawn with a fixed seed."""
+    order = np.random.default_rng(0).permutation(len(split.records))[:CALIBRATION_IMAGES]
+    for record in (split.records[i] for i in order):
+        image = read_image(record.path, record.upright, value_range=split.value_range)
+        height, width = metadata["height"], metadata["width"]
+        if metadata["divisor"]:
+            height, width = canvas_size(image, metadata, metadata["divisor"])
+        yield to_canvas(image, height, width, metadata["square"])[0][None].numpy()
+
+
+# name: function of a file of ONNX, the smaller file to write, images to calibrate with
+SMALLER = {"int8": to_int8, "half": to_half}
 
 
 def metadata_of(content, height, width, divisor):

@@ -17,7 +17,7 @@ from errors import UserError
 from export import furthest
 
 
-def write_checkpoint(path, detector, **more):
+def write_checkpoint(path, detector, classes=("cat", "dog", "emu"), **more):
     torch.manual_seed(0)
     config = tiny_config(detector, backbone_weights="none", num_queries=30, image_size=96) | more
     model = build_model(config)[0]
@@ -27,7 +27,7 @@ def write_checkpoint(path, detector, **more):
                 parameter += 0.05 * torch.randn_like(parameter)
     save_checkpoint(
         path,
-        {"model": model.state_dict(), "config": config, "classes": ["cat", "dog", "emu"], "category_ids": [3, 5, 90]},
+        {"model": model.state_dict(), "config": config, "classes": list(classes), "category_ids": [3, 5, 90]},
     )
     return path
 
@@ -137,6 +137,40 @@ def test_an_exported_file_detects_what_the_checkpoint_does(
     assert {row["category_id"] for row in rows} <= {3, 5, 90} and all(
         row["bbox"][0] + row["bbox"][2] <= 300.1 and row["bbox"][1] + row["bbox"][3] <= 200.1 for row in rows
     )
+
+
+@pytest.mark.parametrize("detector, any_size", [("detr", False), ("ecdet", False), ("dino", True)])
+def test_smaller_copies_detect_nearly_the_same(detector, any_size, tiny_data, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    classes = ["kind 7", "kind 300", "kind 90001"]
+    checkpoint = write_checkpoint(tmp_path / "best.pth", detector, classes)
+    image = tiny_data / "val2017" / "000.png"
+    arguments = [checkpoint, "--data", tiny_data, "--image", image, "--int8", "--half"] + ["--any-size"] * any_size
+    status, out, err = called(export.main, arguments, monkeypatch, capsys)
+    assert status == 0, err
+    table = [line.split() for line in out.splitlines()[-3:]]
+    sizes = {row[0].rsplit("/")[-1]: float(row[1]) for row in table}
+    assert list(sizes) == ["best.onnx", "best.int8.onnx", "best.half.onnx"]
+    assert sizes["best.int8.onnx"] < sizes["best.half.onnx"] < sizes["best.onnx"]
+    exact, int8, half = (load(tmp_path / name, threshold=0.0)(image) for name in sizes)
+    for found, far in ((half, 0.01), (int8, 0.1)):
+        assert found["scores"][:5].tolist() == pytest.approx(exact["scores"][:5].tolist(), abs=far)
+    assert load(tmp_path / "best.int8.onnx").classes == classes
+    assert not list(tmp_path.glob("*.partial*"))
+
+
+def test_smaller_copies_need_images_and_onnx(tiny_data, tmp_path, monkeypatch, capsys):
+    checkpoint = write_checkpoint(tmp_path / "best.pth", "detr")
+    for arguments, message in (
+        (["--int8", "--format", "torch"], "--int8: is for --format onnx"),
+        (["--data", tiny_data], f"--data {tiny_data}: is for --int8 and --half"),
+        (["--int8"], "does not say what data it was trained with; give --data DIR"),
+        (["--half", "--data", tiny_data], "are not the checkpoint's"),
+    ):
+        status, _, err = called(export.main, [checkpoint, *arguments], monkeypatch, capsys)
+        assert status == 2 and message in err and err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["best.pth"]
 
 
 def test_mistakes_in_exporting(tmp_path, monkeypatch, capsys):

@@ -20,6 +20,7 @@ from torch import nn
 import ecvit
 from errors import UserError
 from transforms import MEAN, STD
+from vggt import VGGTBackbone
 from weights import download, load_strictly, load_transformers, read_state_dict, with_patch_size
 
 
@@ -159,6 +160,7 @@ BACKBONES = {
     "mae-vith14": _plain("mae", 1280, 32, 16, 14, "facebook/vit-mae-huge"),
     "mum-vitl16": replace(_plain("mum", 1024, 24, 16, 16, MUM_RELEASE), grid=0),
     "vggt-vitl14": replace(_dinov2(1024, 24, 16, "", registers=4), source=VGGT_FILE),
+    "vggt-1b": replace(_dinov2(1024, 24, 16, "", registers=4), family="vggt", source=VGGT_FILE),
     "ecvit-nano": _ecvit("ecvit-nano", ""),
     "ecvitt": _ecvit("ecvitt", ECVIT_RELEASE + "ecvitt.pth"),
     "ecvittplus": _ecvit("ecvittplus", ECVIT_RELEASE + "ecvittplus.pth"),
@@ -186,7 +188,8 @@ def build_backbone(
         or one of the authors' original files (Meta's, MAE's, MuM's, VGGT's, ECViT's). Missing and unexpected weights
         are errors.
     checkpointing: recompute activations in the backward pass, to save memory.
-    layers: blocks of a plain ViT, counted from 0; each gives a map (default: only the last block).
+    layers: blocks of a plain ViT, counted from 0, or names of VGGT's, see vggt.Aggregator.layer_names; each gives a map
+        (default: only the last block).
     patch_size: resample a plain ViT's patch embedding to patches of that many pixels.
     patch_resize: how, see weights.resize_patch_filters.
     freeze_norms: keep the batch statistics of the weights unchanged in training (default: if weights are given).
@@ -204,6 +207,9 @@ def build_backbone(
         backbone = ECViTBackbone(name, spec, weights, freeze_norms)
     elif spec.family == "convnext":
         backbone = ConvNeXt(name, spec, weights)
+    elif spec.family == "vggt":
+        refuse_plain_options(name, spec, None, patch_size)
+        backbone = VGGTBackbone(name, spec, weights, layers)
     else:
         backbone = PlainViT(name, spec, weights, layers, patch_size or spec.patch, patch_resize)
     if checkpointing:
@@ -239,11 +245,15 @@ def is_pretrained(config):
 
 
 def parse_layers(text):
-    """The value of --layers, "2,5,8,11" -> (2, 5, 8, 11); None stays None. Raises UserError."""
+    """The value of --layers, "2,5,8,11" -> (2, 5, 8, 11), "frame3,global23" -> ("frame3", "global23"); None stays None.
+    Raises UserError."""
     if not text:
         return text
+    parts = [part.strip() for part in str(text).split(",")]
+    if all(re.fullmatch(r"[a-z_]+\d*", part) for part in parts):  # VGGT's names
+        return tuple(parts)
     try:
-        return tuple(int(part) for part in str(text).split(","))
+        return tuple(int(part) for part in parts)
     except ValueError:
         raise UserError(f"--layers takes blocks counted from 0, such as 2,5,8,11, not {text}") from None
 
@@ -259,13 +269,16 @@ def pad_to_multiple(images, divisor):
 def parameter_depths(backbone):
     """{parameter name: depth}, for layer-wise learning rates.
 
-    The embedding has depth 0; each block (ConvNeXt: each stage) adds one, and so does what follows the last block.
+    The embedding has depth 0; each block (ConvNeXt: each stage; VGGT: each pair after those of its encoder) adds one,
+    and so does what follows the last block.
     """
     depths = {}
+    encoder = getattr(getattr(getattr(backbone, "aggregator", None), "patch_embed", None), "blocks", ())
     for name, _ in backbone.named_parameters():
         block = re.search(r"(?:blocks|layers?|stages)\.(\d+)\.", name)
         if block:
-            depths[name] = int(block[1]) + 1
+            is_pair = re.search(r"(frame|global)_blocks", name)
+            depths[name] = int(block[1]) + 1 + (len(encoder) if is_pair else 0)
         elif re.search(r"embed|register_token|pre_layrnorm", name):
             depths[name] = 0
         else:
@@ -348,7 +361,7 @@ class PlainViT(HuggingFaceBackbone):
     def __init__(self, name, spec, weights, layers=None, patch_size=None, patch_resize="pinv"):
         super().__init__()
         self.name, self.family, self.layers = name, spec.family, tuple(layers or ())
-        if any(not 0 <= block < spec.depth for block in self.layers):
+        if any(isinstance(block, str) or not 0 <= block < spec.depth for block in self.layers):
             listed = ",".join(map(str, self.layers))
             raise UserError(f"--layers {listed}: the blocks of {name} are 0 to {spec.depth - 1}")
         self.patch = patch_size or spec.patch

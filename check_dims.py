@@ -8,6 +8,7 @@ Exit status 1 if anything disagrees.
 """
 
 import argparse
+import re
 import statistics
 import sys
 from collections import Counter
@@ -75,10 +76,10 @@ def vit_disagreements(spec, shapes):
     linear, stem = (spec.width, 3, spec.patch, spec.patch), (spec.width, spec.width // 2, 3, 3)
     if not embedding or embedding[-1] not in (linear, stem):
         wrong.append(f"no patch embedding of width {spec.width} and patch {spec.patch}")
-    positions = next((shape[-2] for key, shape in shapes.items() if "position" in key), 0)
+    positions = next((shape[-2] for key, shape in shapes.items() if re.search("position|pos_embed", key)), 0)
     if positions != (1 + spec.grid**2 if spec.grid else 0):
         wrong.append(f"{positions} learned positions, not one and {spec.grid}x{spec.grid}")
-    registers = next((shape[1] for key, shape in shapes.items() if "register" in key), 0)
+    registers = next((shape[-2] for key, shape in shapes.items() if "register" in key), 0)
     if registers != spec.registers:
         wrong.append(f"{registers} registers, not {spec.registers}")
     has_mlp = any("mlp" in key and spec.ffn in shape for key, shape in shapes.items())

@@ -169,7 +169,7 @@ class Settings:
     rotate: float = of_data(0.0, "DEG", "rotate by up to this many degrees (default 0)")
     plain_passes: int = of_data(8, "N", "passes over the data without augmentation, at the start (default 8)")
     plain_end: float = of_data(
-        0.15, "X", "fraction of the run without augmentation, at its end (default 0.15; ecdet: 0.03)"
+        0.15, "X", "fraction of the run without augmentation, at its end, but at most two passes (default 0.15)"
     )
     mosaic: float = of_data(
         0.0, "X", "fraction of the run with mosaics and mix-up, at its start (default 0; ecdet: 0.5)"

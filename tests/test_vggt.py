@@ -3,6 +3,7 @@
 import json
 import math
 
+import features
 import numpy as np
 import pytest
 import torch
@@ -314,6 +315,21 @@ def test_the_backbones_weights_are_a_part_of_the_released_file(tiny_backbone, tm
         dict(b.named_parameters())["aggregator.frame_blocks.0.mlp.fc1.weight"].grad for b in (backbone, recomputing)
     ]
     assert torch.equal(*grads)
+
+
+def test_features_are_drawn_by_layer(tiny_backbone, tmp_path, monkeypatch, capsys):
+    Image.new("RGB", (80, 60), (99, 9, 9)).save(tmp_path / "a.png")
+    given = [tmp_path / "a.png", "--backbone", f"{tiny_backbone}=none", "--image-size", 56, "--out", tmp_path / "f.png"]
+    status, said, error = called(features.main, [*given, "--layers", "patch_embed,global"], monkeypatch, capsys)
+    assert status == 0, error
+    assert [line.split(":")[0].split(", ")[1] for line in said.splitlines()[:3]] == [
+        "patch_embed",
+        "global0",
+        "global1",
+    ]
+    given[2] = "ecvit-nano=none"
+    status, _, error = called(features.main, [*given, "--layers", "global1"], monkeypatch, capsys)
+    assert status == 2 and "those names are VGGT's; ecvit-nano has blocks" in error
 
 
 # The command

@@ -2,6 +2,7 @@
 
     python tools/features.py street.jpg --backbone dinov3-vits16 clip-vitb16 ecvitt    one sheet, a column for each
     python tools/features.py street.jpg --backbone dinov2-base --layers 2,5,8,11       a column for each block
+    python tools/features.py street.jpg --backbone vggt-1b --layers frame0,global23    of VGGT's
     python tools/features.py a.jpg b.jpg --backbone mum-vitl16=MuM_ViTLarge.pth        with weights from a file
     python tools/features.py a.jpg --checkpoint runs/NAME/best.pth                     of a detector that you trained
 
@@ -39,10 +40,11 @@ def patch_tokens(backbone, image, size, layers):
     pixels = TF.pil_to_tensor(image.resize((width, height), Image.BICUBIC))
     pixels = TF.normalize(TF.to_dtype(pixels, torch.float32, scale=True), MEAN, STD)
     features = backbone.forward_features(pixels[None], layers=layers or ())
-    if layers:
+    sequences = [features["x_norm_patchtokens"]]
+    if layers and hasattr(backbone, "aggregator"):
+        sequences = [features[name]["x_norm_patchtokens"] for name in backbone.aggregator.layer_names(layers)]
+    elif layers:
         sequences = [features[f"block{block}"] for block in layers]
-    else:
-        sequences = [features["x_norm_patchtokens"]]
     divisor = backbone.size_divisor  # the backbone pads the image to a multiple of it
     columns, rows = (-(-n // divisor) * divisor // patch for n in (width, height))
     grids = [tokens[0].unflatten(0, (rows, columns)) for tokens in sequences]
@@ -86,20 +88,28 @@ def open_backbones(arguments, layers):
         yield f"{backbone.name} of {Path(entry).parent.name or entry}", backbone
 
 
-def check_layers(backbone, name, layers):
-    """Raises UserError."""
+def titles_of(backbone, name, layers):
+    """The titles of the columns of a backbone. Raises UserError if it has no such layers."""
+    if not layers:
+        return [name]
+    if hasattr(backbone, "aggregator"):
+        return [f"{name}, {layer}" for layer in backbone.aggregator.layer_names(layers)]
     depth = find_spec(backbone.name).depth
+    if any(isinstance(block, str) for block in layers):
+        raise UserError(
+            f"--layers {','.join(map(str, layers))}: those names are VGGT's; {name} has blocks, such as 2,5,8"
+        )
     if layers and isinstance(depth, int) and max(layers) >= depth:
         blocks = ",".join(map(str, layers))
         raise UserError(f"--layers {blocks}: the blocks of {name} are 0 to {depth - 1}")
+    return [f"{name}, block {block}" for block in layers]
 
 
-def draw_columns(name, backbone, images, size, layers):
+def draw_columns(titles, backbone, images, size, layers):
     """-> a column for each of the layers: a list of PIL images, one for each image. Prints the grids' sizes."""
     tokens = [patch_tokens(backbone, image, size, layers) for image in images]
     columns = []
-    for number, grids in enumerate(zip(*tokens)):
-        title = f"{name}, block {layers[number]}" if layers else name
+    for title, grids in zip(titles, zip(*tokens)):
         column = []
         for colours, image in zip(principal_colours(grids), images):
             drawing = TF.to_pil_image(colours.permute(2, 0, 1)).resize(image.size, Image.NEAREST)
@@ -121,7 +131,9 @@ def parse_arguments():
         help="see python check_dims.py; weights as in train.py's --backbone-weights (default pretrained)",
     )
     parser.add_argument("--checkpoint", nargs="+", default=[], metavar="FILE", help="the backbones of detectors")
-    parser.add_argument("--layers", metavar="I,J,..", help="blocks, counted from 0 (default: the last alone)")
+    parser.add_argument(
+        "--layers", metavar="I,J,..", help="blocks, counted from 0, or VGGT's layers (default: the last alone)"
+    )
     parser.add_argument("--image-size", type=int, default=448, metavar="S", help="shortest side (default 448)")
     parser.add_argument("--out", default="features.png", metavar="FILE", help="default: features.png")
     parser.add_argument("--large-images", action="store_true", help="open images that look like decompression bombs")
@@ -141,8 +153,8 @@ def main():
     images = [to_image(path) for path in arguments.images]
     columns = [[heading(image, Path(path).name) for image, path in zip(images, arguments.images)]]
     for name, backbone in open_backbones(arguments, layers):
-        check_layers(backbone, name, layers)
-        columns += draw_columns(name, backbone, images, arguments.image_size, layers)
+        titles = titles_of(backbone, name, layers)
+        columns += draw_columns(titles, backbone, images, arguments.image_size, layers)
     sheet = tile([column[row] for row in range(len(images)) for column in columns], len(columns), most_pixels=math.inf)
     with writing(arguments.out, "; choose another --out", also=[ValueError]):
         sheet.save(arguments.out)

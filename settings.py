@@ -223,7 +223,8 @@ class Settings:
     layers: str = of_model(
         None,
         "I,J,..",
-        "blocks of a plain ViT, counted from 0, whose maps are used, earlier ones for finer levels (default: the last)",
+        "blocks of a plain ViT, counted from 0, whose maps are used, earlier ones for finer levels; of vggt-1b such as "
+        "frame3,global23 (default: the last)",
     )
     patch_size: int = of_model(
         None, "P", "resample a plain ViT's patches: 16 makes DINOv2 fit all others (default: its own)"

@@ -276,7 +276,9 @@ def parameter_depths(backbone):
     encoder = getattr(getattr(getattr(backbone, "aggregator", None), "patch_embed", None), "blocks", ())
     for name, _ in backbone.named_parameters():
         block = re.search(r"(?:blocks|layers?|stages)\.(\d+)\.", name)
-        if block:
+        if re.search(r"aggregator\.(patch_embed\.norm|patch_projection|camera_token|register_token)", name):
+            depths[name] = len(encoder)
+        elif block:
             is_pair = re.search(r"(frame|global)_blocks", name)
             depths[name] = int(block[1]) + 1 + (len(encoder) if is_pair else 0)
         elif re.search(r"embed|register_token|pre_layrnorm", name):

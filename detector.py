@@ -133,11 +133,14 @@ class Detector:
         results = [None] * len(images)
         for batch in equal_batches(sizes, len(images), divisor):
             pixels, mask, _ = collate([inputs[i] for i in batch], divisor)
-            with self.autocast:
-                outputs = self.graphed(pixels.to(self.device, memory_format=torch.channels_last), mask)
             original_sizes = torch.tensor([[images[i].height, images[i].width] for i in batch], device=self.device)
-            for i, detections in zip(batch, self.postprocess(outputs, original_sizes)):
-                results[i] = {key: value.cpu() for key, value in detections.items()}
+            if self.graphed.model is not self.model:
+                self.graphed = Graphed(self.model)
+            with self.graphed.lock:  # another thread's call would overwrite the outputs
+                with self.autocast:
+                    outputs = self.graphed(pixels.to(self.device, memory_format=torch.channels_last), mask)
+                for i, detections in zip(batch, self.postprocess(outputs, original_sizes)):
+                    results[i] = {key: value.cpu() for key, value in detections.items()}
         return results
 
     def save(self, folder):

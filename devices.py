@@ -1,5 +1,6 @@
 """What to compute on, in which precision, and how long it takes: the same choice for every script."""
 
+import threading
 import time
 from collections import Counter
 from contextlib import nullcontext
@@ -79,13 +80,17 @@ class Graphed:
 
     A network launches a thousand small operations, which takes the host longer than the GPU needs for one image; a
     graph launches them at once. A shape is recorded when it comes for the third time. The outputs of a call are
-    overwritten by the next. On other devices it is the network itself.
+    overwritten by the next; weights may change in place only. On other devices it is the network itself.
     """
 
     KEPT = 8  # graphs; images of ever new shapes are computed as they come
 
     def __init__(self, model):
         self.model, self.counts, self.graphs, self.pool = model, Counter(), {}, None
+        self.lock = threading.Lock()  # to be held until the outputs are used
+
+    def __reduce__(self):
+        return Graphed, (self.model,)  # a copy records its own
 
     def __call__(self, images, mask):
         """images (B, 3, H, W) on the device, mask (B, H, W) on the host."""
@@ -97,6 +102,7 @@ class Graphed:
         if self.graphs.get(shape) is None:
             return self.model(images, mask)
         graph, own_images, own_mask, outputs = self.graphs[shape]
+        torch.cuda.current_stream(images.device).synchronize()  # the last replay has read its mask
         own_images.copy_(images)
         own_mask.copy_(mask)
         graph.replay()
@@ -104,19 +110,24 @@ class Graphed:
 
     def record(self, images, mask):
         """-> the graph, its inputs, its outputs; None if the network waits for the host or there is no more memory."""
-        images, mask = images.clone(), mask.pin_memory()
-        graph, kind = torch.cuda.CUDAGraph(), torch.get_autocast_dtype("cuda")
-        self.pool = self.pool or torch.cuda.graph_pool_handle()  # as only one runs at a time, they share their memory
+        kind = torch.get_autocast_dtype("cuda")
         # Weights that autocast casts once and keeps would be gone when the graph runs.
-        with torch.autocast("cuda", kind, torch.is_autocast_enabled("cuda"), cache_enabled=False):
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                self.model(images, mask)  # libraries choose their kernels in a first call
-            torch.cuda.current_stream().wait_stream(stream)
+        casting = torch.autocast("cuda", kind, torch.is_autocast_enabled("cuda"), cache_enabled=False)
+        with torch.cuda.device(images.device), casting:
+            stream, before = torch.cuda.Stream(), torch.cuda.get_sync_debug_mode()
             try:
-                with torch.cuda.graph(graph, self.pool):
+                images, mask, graph = images.clone(), mask.pin_memory(), torch.cuda.CUDAGraph()
+                self.pool = self.pool or torch.cuda.graph_pool_handle()  # shared, as only one runs at a time
+                stream.wait_stream(torch.cuda.current_stream())
+                torch.cuda.set_sync_debug_mode("error")  # a network that waits fails here, not within the recording
+                with torch.cuda.stream(stream):
+                    self.model(images, mask)  # libraries choose their kernels in a first call
+                torch.cuda.current_stream().wait_stream(stream)
+                torch.cuda.set_sync_debug_mode(before)
+                with torch.cuda.graph(graph, self.pool, stream, capture_error_mode="thread_local"):
                     outputs = self.model(images, mask)
             except RuntimeError:
                 return None
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
         return graph, images, mask, outputs

@@ -163,9 +163,10 @@ def shard(backbone, device):
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    blocks = max((m for m in backbone.modules() if isinstance(m, nn.ModuleList)), key=len)
-    for block in blocks:
-        fully_shard(block, mesh=mesh)
+    lists = [m for m in backbone.modules() if isinstance(m, nn.ModuleList)]
+    for blocks in lists:
+        for block in blocks if len(blocks) == max(map(len, lists)) else ():
+            fully_shard(block, mesh=mesh)
     fully_shard(backbone, mesh=mesh)
 
 

@@ -467,8 +467,6 @@ def evaluate_exported(arguments):
         raise UserError(f"--batch-size {arguments.batch_size}: an exported file gets image by image; leave it out")
     options = {"image_size": arguments.image_size, "precision": arguments.precision}
     detector = load(arguments.checkpoint, threshold=0.0, **options)
-    if detector.tile:
-        detector.threshold = LOWEST_SCORE
     split = load_split(arguments, {"config": detector.about.get("data", {}), "classes": detector.classes})
     split.value_range = detector.value_range
     figures, curves, found, seconds = evaluate_one_by_one(detector, split)
@@ -478,6 +476,8 @@ def evaluate_exported(arguments):
 
 def evaluate_one_by_one(detector, split):
     """-> measure's figures and curves of a Detector, its detections, the median seconds of an image."""
+    if detector.tile:
+        detector.threshold = LOWEST_SCORE
     found, seconds = {}, []
     for index, record in enumerate(split.records):
         image = read_image(record.path, record.upright, value_range=split.value_range)

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from checkpoint import load_detector
+from datasets import cut_into_tiles
 from demo_data import draw_picture
 from detector import ExportedDetector, canvas_size, load, to_canvas, to_image
 from devices import seconds_of
@@ -156,9 +157,12 @@ def print_quality(path, split):
 
 def canvases(split, metadata):
     """Arrays (1, 3, H, W), as the graph takes them, of images drawn with a fixed seed."""
+    if metadata["tile"]:
+        split = cut_into_tiles(split, metadata["tile"], for_training=True)
     order = np.random.default_rng(0).permutation(len(split.records))[:CALIBRATION_IMAGES]
     for record in (split.records[i] for i in order):
         image = read_image(record.path, record.upright, value_range=split.value_range)
+        image = image.crop(record.tile) if record.tile else image
         height, width = metadata["height"], metadata["width"]
         if metadata["divisor"]:
             height, width = canvas_size(image, metadata, metadata["divisor"])

@@ -38,7 +38,7 @@ from errors import Offline, UserError, run_script, writing
 from layouts import LAYOUTS
 from mistakes import doubt
 from plots import draw_boxes
-from transforms import IMAGE_SUFFIXES, allow_large_images, read_image
+from transforms import IMAGE_SUFFIXES, LARGE_IMAGES, allow_large_images, read_image
 
 VIDEO_SUFFIXES = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts"}
 IMAGES_ON_GPU = 8  # or frames of a video, that share a batch
@@ -161,7 +161,10 @@ def find_files(arguments):
             matches = sorted(Path(p) for p in glob.glob(argument, recursive=True))
             if not matches:
                 raise UserError(f"{argument}: no such image, video, folder or pattern")
-            paths += [p for p in matches if p.is_file()]
+            files = [p for p in matches if p.is_file()]
+            if not files:
+                raise UserError(f"{argument}: matches folders only; name the folder, or the files in it")
+            paths += files
     return list(dict.fromkeys(paths))
 
 
@@ -189,7 +192,7 @@ def detect_in_files(paths, names, detector, out, dataset=None, least_sure=None):
     """
     failed, doubts, seconds, count = [], {}, 0.0, 0
     together = images_at_a_time(detector)
-    with JsonList(out / "detections.json") as results, opened_ahead(paths, detector, together) as opened:
+    with opened_ahead(paths, detector, together) as opened, JsonList(out / "detections.json") as results:
         for group in grouped(zip(paths, names, opened), together):
             started = time.time()
             found = detect_together([image for *_, image in group], detector, least_sure)
@@ -210,21 +213,24 @@ def detect_in_files(paths, names, detector, out, dataset=None, least_sure=None):
                         dataset.add(path, name, image.size, detections)
                 except Exception as error:  # PIL raises exceptions of many types for broken files, torch for odd sizes
                     failed.append(say_failure(path, error))
+            del group, found, image, detections  # large images: the next ones come only now
     speed = f", {count / max(seconds, 1e-9):.1f} images/s" if count else ""
     print(f"{results.count} detections in {count} images{speed}; written to {out}/")
     return failed, doubts
 
 
 def images_at_a_time(detector):
-    """A GPU takes several images as fast as one; a CPU takes no less for each, and tiles are batches of their own."""
+    """A GPU takes several images as fast as one; a CPU takes no less for each, tiles are batches of their own, and
+    large images fill the memory."""
     on_gpu = hasattr(detector, "device") and detector.device.type != "cpu"
-    return IMAGES_ON_GPU if on_gpu and detector.tile is None else 1
+    return IMAGES_ON_GPU if on_gpu and detector.tile is None and not os.environ.get(LARGE_IMAGES) else 1
 
 
 @contextmanager
 def opened_ahead(paths, detector, count):
-    """Threads open `count` images more than are in use -> an iterator over PIL images; an exception for one that can't
-    be opened, None for a video."""
+    """Threads open `count` images more than are in use (large ones: none) -> an iterator over PIL images; an exception
+    for one that can't be opened, None for a video."""
+    ahead = 0 if os.environ.get(LARGE_IMAGES) else count
 
     def read(path):
         try:
@@ -236,7 +242,7 @@ def opened_ahead(paths, detector, count):
         waiting = deque()
         for path in paths:
             waiting.append(pool.submit(read, path))
-            if len(waiting) > count:
+            if len(waiting) > ahead:
                 yield waiting.popleft().result()
         for future in waiting:
             yield future.result()
@@ -252,11 +258,12 @@ def grouped(files, most):
     """(path, name, image) of files -> lists of up to `most` images; a video is a list of its own."""
     group = []
     for file in files:
-        if group and (file[2] is None or len(group) == most):
+        if file[2] is None and group:
             yield group
             group = []
         group.append(file)
-        if file[2] is None:
+        if file[2] is None or len(group) == most:
+            del file
             yield group
             group = []
     if group:
@@ -272,11 +279,12 @@ def detect_together(images, detector, least_sure):
     real = [image for image in images if isinstance(image, Image.Image)]
     try:
         found = iter([detector(real[0], **options)] if len(real) == 1 else detector(real, **options) if real else [])
+        return [next(found) if isinstance(image, Image.Image) else image for image in images]
     except Exception as error:
-        if len(images) == 1:
-            return [error]
-        return [detect_together([image], detector, least_sure)[0] for image in images]  # it costs no other
-    return [next(found) if isinstance(image, Image.Image) else image for image in images]
+        failure = error.with_traceback(None)  # which would keep the memory of what failed
+    if len(images) == 1:
+        return [failure]
+    return [detect_together([image], detector, least_sure)[0] for image in images]  # it costs no other
 
 
 def write_image(path, name, image, found, out, detector, results):

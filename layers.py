@@ -133,7 +133,10 @@ def is_beyond(centres, border_is_padding):
 
 
 def attend(q, k, v, bias=None, dropout=0.0):
-    """Scaled dot-product attention. q (..., Q, d), k and v (..., N, d); bias is added to the scores -> (..., Q, d)."""
+    """Scaled dot-product attention. q (..., Q, d), k and v (..., N, d); bias is added to the scores -> (..., Q, d).
+
+    In training in bfloat16 on a CPU, scores have bfloat16's digits, and no query may be kept from all keys.
+    """
     bias = None if bias is None else bias.to(q.dtype)
     small = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-2] <= 512 and not dropout
     if small and torch.is_grad_enabled() and q.requires_grad:
@@ -207,7 +210,7 @@ class DeformableAttention(nn.Module):
             ratio = 1 if valid_ratios is None else valid_ratios[:, i, None, None, :, None]
             if reference.shape[-2] == 2:
                 h, w = level.shape[-2:]
-                unit = torch.cat([offset.new_full((1, 1), 2 / n) for n in (w, h)])
+                unit = torch.cat([reference.new_full((1, 1), 2 / n) for n in (w, h)])
             else:
                 unit = ratio * reference[..., 2:, :] * scales[i][:, None, None]
             grid = torch.addcmul(2 * ratio * reference[..., :2, :] - 1, offset, unit)

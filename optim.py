@@ -27,8 +27,8 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, iterations=3, dtype=None):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, iterations=iterations))
-        self.dtype = dtype
+        defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, iterations=iterations, dtype=dtype)
+        super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self):
@@ -43,7 +43,7 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_lerp_(momenta, [p.grad for p in same], 1 - group["momentum"])
                 nesterov = torch._foreach_lerp([p.grad for p in same], momenta, group["momentum"])
                 matrices = torch.stack([step.flatten(1) for step in nesterov])
-                steps = orthogonalize(matrices, group["iterations"], self.dtype).to(matrices.dtype)
+                steps = orthogonalize(matrices, group["iterations"], group.get("dtype")).to(matrices.dtype)
                 steps = [step.reshape(p.shape) for step, p in zip(steps, same)]
                 torch._foreach_mul_(same, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(same, steps, alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)

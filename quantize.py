@@ -12,7 +12,7 @@ import warnings
 from errors import UserError
 
 INNER_LAYERS = "MatMul", "Gemm", "Conv"
-OUTPUTS = r"class|score|box|bbox|regression|sampling_offsets"  # in the names of the modules that give them
+OUTPUTS = r"class|score|box|regression|lqe|sampling_offsets"  # in the names of the modules that give them
 
 
 def to_int8(source, target, images):
@@ -61,8 +61,10 @@ def inner_layers(graph):
         if node.op_type in INNER_LAYERS and node.input[1] in weights:
             about = {entry.key: entry.value for entry in node.metadata_props}
             modules = ast.literal_eval(about.get("pkg.torch.onnx.name_scopes", "[]"))
-            if not re.search(OUTPUTS, ".".join(modules)):
+            if modules and not re.search(OUTPUTS, ".".join(modules)):
                 names.append(node.name)
+    if not names:
+        raise UserError("--int8, --half: this version of torch.onnx does not say which layers its nodes are from")
     return names
 
 

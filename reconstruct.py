@@ -13,8 +13,10 @@ import argparse
 import json
 import math
 import os
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what Apple's GPUs can't do yet then runs on the CPU
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
@@ -23,12 +25,11 @@ from torchvision.transforms.v2 import functional as TF
 from backbones import VGGT_FILE
 from devices import find_device
 from errors import Offline, UserError, run_script, writing
-from infer import find_files, is_video
+from infer import find_files, identity, is_video
 from plots import heading, tile
 from transforms import allow_large_images, read_image
-from vggt import VGGT_1B, read_vggt
-from vggt_heads import VGGT, pose_to_cameras, unproject
-from weights import load_strictly
+from vggt import VGGT_1B, fill, read_vggt
+from vggt_heads import VGGT, lower_precision, pose_to_cameras, unproject
 
 PATCH = VGGT_1B["patch"]
 SMALLEST, LARGEST = 56, 1036  # of --size
@@ -64,34 +65,43 @@ def main():
     paths = find_files(arguments.images)
     if any(is_video(path) for path in paths):
         raise UserError("reconstruct.py takes images; leave out videos and cameras")
-    originals = [open_as_rgb(path) for path in paths]
-    fitted = pad_to_largest([fit(image, arguments.size, arguments.fit) for image in originals])
-    images, offsets, scales = zip(*fitted)
-    queries = parse_queries(arguments.track, originals[0], offsets[0], scales[0], images[0].shape)
+    out = arguments.out
+    if identity(out) in {identity(path.absolute().parent) for path in paths} - {None}:
+        raise UserError(f"{out}: holds images that would be overwritten; choose another --out")
+    frames = pad_to_largest([fit(open_as_rgb(path), arguments.size, arguments.fit) for path in paths])
+    images = torch.stack([frame["pixels"] for frame in frames])
+    queries = parse_queries(arguments.track, frames[0])
     heads = ["camera", "depth"] + ["point"] * (arguments.points == "head") + ["track"] * bool(arguments.track)
-    say_memory(len(images), images[0].shape, heads, arguments.precision, find_device(arguments.device))
-    model = load_model(arguments.weights, heads, arguments.precision).to(find_device(arguments.device))
+    device = find_device(arguments.device)
+    say_memory(len(images), images.shape[-2:], heads, len(arguments.track), arguments.precision, device)
+    with writing(out, "; choose another --out"):
+        out.mkdir(parents=True, exist_ok=True)
+    try:
+        model = load_model(arguments.weights, heads, arguments.precision).to(device)
+    except BaseException:
+        with suppress(OSError):
+            out.rmdir()  # if it is empty
+        raise
 
-    images = torch.stack(images)
-    device = model.aggregator.camera_token.device
-    found = model(images[None].to(device), queries if queries is None else queries[None].to(device))
+    found = model(images.to(device), None if queries is None else queries.to(device))
     found = {name: value[0].cpu() for name, value in found.items()}
     extrinsics, intrinsics = pose_to_cameras(found["pose"], images.shape[-2:])
     if not intrinsics.isfinite().all():
         print("some fields of view are 0, as those of untrained weights: their focal lengths are infinite")
-    out = arguments.out
+    if arguments.points == "head":
+        points, confidence = found["points"], found["points_confidence"]
+    else:
+        points, confidence = unproject(found["depth"], extrinsics, intrinsics), found["depth_confidence"]
     with writing(out, "; choose another --out"):
-        out.mkdir(parents=True, exist_ok=True)
+        for old in [*out.glob("depth-*.png"), *out.glob("tracks.*")]:  # of another scene
+            old.unlink()
         for i, depth in enumerate(found["depth"], 1):
             draw_depth(depth).save(out / f"depth-{i}.png")
-        write_cameras(out / "cameras.json", paths, images.shape[-2:], extrinsics, intrinsics, offsets, scales)
-        if arguments.points == "head":
-            points, confidence = found["points"], found["points_confidence"]
-        else:
-            points, confidence = unproject(found["depth"], extrinsics, intrinsics), found["depth_confidence"]
-        count = write_points(out / "points.ply", points, confidence, images, arguments.keep)
+        write_cameras(out / "cameras.json", paths, images.shape[-2:], extrinsics, intrinsics, frames)
+        is_image = torch.stack([frame["is_image"] for frame in frames])
+        count = write_points(out / "points.ply", points, confidence, is_image, images, arguments.keep)
         if arguments.track:
-            write_tracks(out, paths, originals, found, offsets, scales)
+            write_tracks(out, paths, found, frames)
     height, width = images.shape[-2:]
     print(f"{len(paths)} images as {width}x{height}: depth, cameras.json and {count:,} points in points.ply; in {out}/")
 
@@ -105,7 +115,8 @@ def open_as_rgb(path):
 
 
 def fit(image, size, how):
-    """A PIL image -> (3, H, W) in [0, 1], the offset (x, y) and the scale (x, y) of its pixels in it.
+    """A PIL image -> {"pixels": (3, H, W) in [0, 1], "is_image": (H, W), False on borders, "offset", "scale": (x, y)};
+    a pixel of the image times scale plus offset is one of pixels.
 
     crop: as wide as `size`, and of what is then higher than that the middle. pad: its longer side is `size`; white
     makes it a square.
@@ -113,69 +124,76 @@ def fit(image, size, how):
     width, height = image.size
     longer = width if how == "crop" else max(width, height)
     new_width, new_height = (max(PATCH, round(n * size / longer / PATCH) * PATCH) for n in (width, height))
-    pixels = TF.to_dtype(
-        TF.pil_to_tensor(image.resize((new_width, new_height), Image.BICUBIC)), torch.float32, scale=True
-    )
-    scale = new_width / width, new_height / height
-    if how == "pad":
-        left, top = (size - new_width) // 2, (size - new_height) // 2
-        padding = [left, top, size - new_width - left, size - new_height - top]
-        return TF.pad(pixels, padding, fill=1.0), (left, top), scale
-    cut = max(0, new_height - size) // 2
-    return pixels[:, cut : cut + size], (0, -cut), scale
+    rows = min(new_height, size)
+    cut = (new_height - rows) // 2
+    part = 0, cut * height / new_height, width, (cut + rows) * height / new_height
+    resized = image.resize((new_width, rows), Image.BICUBIC, box=part)
+    frame = {
+        "pixels": TF.to_dtype(TF.pil_to_tensor(resized), torch.float32, scale=True),
+        "is_image": torch.ones(rows, new_width, dtype=torch.bool),
+        "offset": (0, -cut),
+        "scale": (new_width / width, new_height / height),
+        "size": image.size,
+    }
+    return with_border(frame, size, size) if how == "pad" else frame
 
 
-def pad_to_largest(fitted):
-    """[(pixels, offset, scale)] -> the same with white around smaller ones, so that all have one size."""
-    height, width = (max(pixels.shape[i] for pixels, _, _ in fitted) for i in (1, 2))
-    results = []
-    for pixels, (x, y), scale in fitted:
-        top, left = (height - pixels.shape[1]) // 2, (width - pixels.shape[2]) // 2
-        padding = [left, top, width - pixels.shape[2] - left, height - pixels.shape[1] - top]
-        results.append((TF.pad(pixels, padding, fill=1.0), (x + left, y + top), scale))
-    return results
+def with_border(frame, height, width):
+    """A frame in the middle of white, of that size."""
+    h, w = frame["is_image"].shape
+    left, top = (width - w) // 2, (height - h) // 2
+    border = [left, top, width - w - left, height - h - top]
+    x, y = frame["offset"]
+    return frame | {
+        "pixels": TF.pad(frame["pixels"], border, fill=1.0),
+        "is_image": TF.pad(frame["is_image"][None], border)[0],
+        "offset": (x + left, y + top),
+    }
 
 
-def parse_queries(texts, image, offset, scale, shape):
-    """["X,Y"] in pixels of the first image -> (T, 2) in pixels of the network's input, or None. Raises UserError."""
-    queries = []
+def pad_to_largest(frames):
+    """Frames of `fit` -> with white around smaller ones, so that all have one size."""
+    height, width = (max(frame["is_image"].shape[i] for frame in frames) for i in (0, 1))
+    return [with_border(frame, height, width) for frame in frames]
+
+
+def parse_queries(texts, frame):
+    """["X,Y"] in pixels of the first image -> (T, 2) in pixels of its frame, or None. Raises UserError."""
+    queries, (width, height) = [], frame["size"]
+    rows, columns = frame["is_image"].shape
     for text in texts:
         try:
             point = [float(part) for part in text.split(",")]
             x, y = point
         except ValueError:
             raise UserError(f"--track {text}: has to be X,Y, a pixel of the first image") from None
-        x, y = x * scale[0] + offset[0], y * scale[1] + offset[1]
-        if not (0 <= x < shape[2] and 0 <= y < shape[1]):
-            raise UserError(
-                f"--track {text}: is not in the part of the first image ({image.width}x{image.height}) that is used"
-            )
+        inside = 0 <= x < width and 0 <= y < height
+        x, y = (v * s + o for v, s, o in zip((x, y), frame["scale"], frame["offset"]))
+        if not inside or not (0 <= x < columns and 0 <= y < rows):
+            raise UserError(f"--track {text}: is not in the part of the first image ({width}x{height}) that is used")
         queries.append([x, y])
-    if queries and min(shape[1:]) < 140:
-        raise UserError(f"--track: needs images of 140 pixels or more, not {shape[2]}x{shape[1]}; a larger --size")
+    if queries and min(rows, columns) < 140:
+        raise UserError(f"--track: needs images of 140 pixels or more, not {columns}x{rows}; a larger --size")
     return torch.tensor(queries) if queries else None
 
 
-def say_memory(frames, shape, heads, precision, device):
+def say_memory(frames, size, heads, points, precision, device):
     """Prints how much memory this will take. Raises UserError if the machine has less."""
     with torch.device("meta"):
         model = VGGT(heads)
-    of_aggregator = sum(p.numel() for p in model.aggregator.parameters()) * (2 if precision == "bfloat16" else 4)
-    of_heads = 4 * sum(p.numel() for p in model.parameters()) - 4 * sum(
-        p.numel() for p in model.aggregator.parameters()
-    )
-    _, height, width = shape
-    tokens = frames * (5 + height * width // PATCH**2)
-    of_tokens = tokens * 1024 * 4 * (5 * 2 + 12)  # five kept pairs of twice the width; a block's own
-    of_maps = min(frames, 8) * 4 * (4 * 256 * 64 * height * width // PATCH**2 + 2 * 128 * height * width)
-    gigabytes = (of_aggregator + of_heads + of_tokens + of_maps) / 1e9
-    weights = (of_aggregator + of_heads) / 1e9
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0] / 1e9
-    else:
-        free = free_memory()
-    print(f"about {gigabytes:.1f} GB of memory are needed, {weights:.1f} of them for weights; {free:.1f} GB are free")
-    if gigabytes > free:
+    if precision == "bfloat16":
+        lower_precision(model.aggregator)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    pixels = size[0] * size[1]
+    patches = pixels // PATCH**2
+    tokens = frames * (5 + patches) * 1024 * 4 * (5 * 2 + 12)  # five kept pairs of twice the width; those of a block
+    maps = min(frames, 8) * 4 * (4 * 256 * 64 * patches + 2 * 128 * pixels)
+    tracks = frames * 4 * (3 * 128 + 2 * points) * pixels // 4 if points else 0
+    needed = (weights + tokens + maps + tracks) / 1e9
+    free = torch.cuda.mem_get_info(device)[0] / 1e9 if device.type == "cuda" else free_memory()
+    left = f"; {free:.1f} GB are free" if math.isfinite(free) else ""
+    print(f"about {needed:.1f} GB of memory are needed, {weights / 1e9:.1f} of them for weights{left}")
+    if needed > free:
         raise UserError("that is more than is free; use --precision bfloat16, a smaller --size, or fewer images")
 
 
@@ -183,29 +201,19 @@ def free_memory():
     """GB of memory that is available; infinite where the system does not say."""
     lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
     available = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
-    if available:
-        return available[0] * 1024 / 1e9
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
-    return math.inf
+    return available[0] * 1024 / 1e9 if available else math.inf
 
 
 def load_model(weights, heads, precision):
     """-> VGGT with these heads, in evaluation. Raises UserError."""
-    kind = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    with torch.device("meta"):  # no random weights that the file's replace
+    torch.manual_seed(0)
+    with nullcontext() if weights == "none" else torch.device("meta"):  # no random weights for the file to replace
         model = VGGT(heads)
-    model.aggregator.to(kind)
-    if weights == "none":
-        torch.manual_seed(0)
-        model = VGGT(heads)
-        model.aggregator.to(kind)
-        return model.eval()
-    parts = ["aggregator", *(f"{head}_head" for head in heads)]
-    state = read_vggt(weights, parts, VGGT_FILE)
-    model.to_empty(device="cpu")
-    model.name = "VGGT"
-    load_strictly(model, state, weights)
+    if precision == "bfloat16":
+        lower_precision(model.aggregator)
+    if weights != "none":
+        model.name = "VGGT"
+        fill(model, read_vggt(weights, ["aggregator", *(f"{head}_head" for head in heads)], VGGT_FILE), weights)
     return model.eval()
 
 
@@ -217,55 +225,63 @@ def draw_depth(depth):
     return Image.fromarray((255 * grey).byte().numpy())
 
 
-def write_cameras(path, paths, size, extrinsics, intrinsics, offsets, scales):
+def write_cameras(path, paths, size, extrinsics, intrinsics, frames):
+    about = "extrinsics [R|t] map points of the world to the camera's frame (OpenCV: x right, y down, z ahead); a pixel"
+    about += " of the image file times scale plus offset is one of height x width, to which intrinsics belong"
     cameras = []
-    for image, extrinsic, intrinsic, offset, scale in zip(paths, extrinsics, intrinsics, offsets, scales):
-        camera = {"image": str(image), "extrinsics": extrinsic.tolist(), "intrinsics": intrinsic.tolist()}
-        cameras.append(camera | {"offset": list(offset), "scale": list(scale)})
-    about = {
-        "height": size[0],
-        "width": size[1],
-        "about": "extrinsics [R|t] map points of the world to the camera's frame (OpenCV: x right, y down, z ahead); "
-        "a pixel of the image file times scale plus offset is one of height x width, to which intrinsics belong",
-        "cameras": cameras,
-    }
-    path.write_text(json.dumps(about, indent=1).replace("Infinity", "null"))
+    for image, extrinsic, intrinsic, frame in zip(paths, extrinsics, intrinsics, frames):
+        matrices = {"extrinsics": finite(extrinsic.tolist()), "intrinsics": finite(intrinsic.tolist())}
+        cameras.append({"image": str(image), **matrices, "offset": frame["offset"], "scale": frame["scale"]})
+    content = {"about": about, "height": size[0], "width": size[1], "cameras": cameras}
+    path.write_text(json.dumps(content, indent=1, allow_nan=False))
 
 
-def write_points(path, points, confidence, images, keep):
-    """points (S, H, W, 3), confidence (S, H, W), images (S, 3, H, W) -> how many points the binary PLY has."""
-    threshold = np.quantile(confidence.numpy(), 1 - keep / 100)
-    kept = (confidence >= float(threshold)) & points.isfinite().all(-1)
-    vertices = np.empty(
-        int(kept.sum()), dtype=[(n, "<f4") for n in "xyz"] + [(n, "u1") for n in ("red", "green", "blue")]
-    )
-    for i, name in enumerate("xyz"):
-        vertices[name] = points[kept][:, i].numpy()
-    colours = (255 * images.movedim(1, -1)[kept]).round().byte().numpy()
-    for i, name in enumerate(("red", "green", "blue")):
-        vertices[name] = colours[:, i]
+def finite(values):
+    """Nested lists of numbers -> with None, which JSON has, for those that are not finite."""
+    if isinstance(values, list):
+        return [finite(value) for value in values]
+    return values if math.isfinite(values) else None
+
+
+def write_points(path, points, confidence, is_image, images, keep):
+    """Writes the `keep` % most confident points to a binary PLY -> how many these are.
+
+    points (S, H, W, 3), confidence and is_image (S, H, W), images (S, 3, H, W).
+    """
+    usable = (is_image & points.isfinite().all(-1) & confidence.isfinite()).flatten().nonzero()[:, 0]
+    order = confidence.flatten()[usable].argsort(descending=True, stable=True)
+    kept = usable[order[: math.ceil(len(usable) * keep / 100)]].sort().values
+    colours = (255 * images.movedim(1, -1).reshape(-1, 3)[kept]).round().byte().numpy()
+    points, names = points.reshape(-1, 3)[kept].numpy(), ("red", "green", "blue")
+    vertices = np.empty(len(kept), dtype=[(n, "<f4") for n in "xyz"] + [(n, "u1") for n in names])
+    for i in range(3):
+        vertices["xyz"[i]], vertices[names[i]] = points[:, i], colours[:, i]
     lines = ["ply", "format binary_little_endian 1.0", f"element vertex {len(vertices)}"]
-    lines += [f"property float {name}" for name in "xyz"] + [f"property uchar {n}" for n in ("red", "green", "blue")]
+    lines += [f"property float {n}" for n in "xyz"] + [f"property uchar {n}" for n in names]
     path.write_bytes("\n".join([*lines, "end_header\n"]).encode() + vertices.tobytes())
     return len(vertices)
 
 
-def write_tracks(out, paths, originals, found, offsets, scales):
+def write_tracks(out, paths, found, frames):
     """tracks.json, and tracks.jpg with the points on the images; both in pixels of the files."""
     rows, drawings = [], []
-    for i, (path, image) in enumerate(zip(paths, originals)):
-        points = (found["tracks"][i] - torch.tensor(offsets[i])) / torch.tensor(scales[i])
-        visible = found["visibility"][i]
-        rows.append({"image": str(path), "points": points.tolist(), "visibility": visible.tolist()})
-        rows[-1]["confidence"] = found["confidence"][i].tolist()
-        drawing = image.copy()
-        draw, radius = ImageDraw.Draw(drawing), max(3, image.width // 120)
-        for number, ((x, y), seen) in enumerate(zip(points.tolist(), visible.tolist())):
-            colour = f"hsl({47 * number % 360}, 100%, 50%)"
-            box = x - radius, y - radius, x + radius, y + radius
-            draw.ellipse(box, fill=colour if seen > 0.5 else None, outline=colour, width=max(2, radius // 3))
+    for i, (path, frame) in enumerate(zip(paths, frames)):
+        points = (found["tracks"][i] - torch.tensor(frame["offset"])) / torch.tensor(frame["scale"])
+        visible = found["visibility"][i].tolist()
+        row = {"image": str(path), "points": finite(points.tolist()), "visibility": finite(visible)}
+        rows.append(row | {"confidence": finite(found["confidence"][i].tolist())})
+        drawing = open_as_rgb(path)
+        drawing.thumbnail((1200, 1200))
+        shrunk, draw = drawing.width / frame["size"][0], ImageDraw.Draw(drawing)
+        radius = max(3, drawing.width // 120)
+        for number, (point, seen) in enumerate(zip(points.tolist(), visible)):
+            x, y = (v * shrunk for v in point)
+            if math.isfinite(x + y):
+                colour = f"hsl({47 * number % 360}, 100%, 50%)"
+                box, fill_colour = (x - radius, y - radius, x + radius, y + radius), colour if seen > 0.5 else None
+                draw.ellipse(box, fill=fill_colour, outline=colour, width=max(2, radius // 3))
         drawings.append(heading(drawing, path.name))
-    (out / "tracks.json").write_text(json.dumps(rows, indent=1))
+    (out / "tracks.json").write_text(json.dumps(rows, indent=1, allow_nan=False))
     tile(drawings, min(3, len(drawings))).save(out / "tracks.jpg")
 
 

@@ -35,7 +35,6 @@ except ImportError:  # Windows has no such locks
     fcntl = None
 
 REPORT = ("precision_recall.png", "confusion.png", "report.html")  # of a run that ended
-PLAIN_END_PASSES = 2  # over the data, at most: longer, and whole images would be learnt by heart
 EVALUATION_COST = 9  # by default there are as many seconds of training to each one of evaluation
 RENAMED = {"spent": "train_seconds", "best": "best_ap", "sums": "loss_sums", "counted": "loss_count"}  # in older files
 
@@ -504,7 +503,7 @@ def as_options(given):
 def augmentation_phase(passes, progress, s):
     """passes over the data, progress in [0, 1) of the budget -> "plain", "varied" or "mixed", see EndlessBatches."""
     passes_left = passes * (1 - progress) / progress if progress else math.inf
-    at_the_end = progress >= 1 - s.plain_end and passes_left <= PLAIN_END_PASSES
+    at_the_end = progress >= 1 - s.plain_end and passes_left <= (s.plain_end_passes or math.inf)
     if passes < s.plain_passes or at_the_end:
         return "plain"
     return "mixed" if progress < s.mosaic else "varied"

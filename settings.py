@@ -31,7 +31,6 @@ RECIPES = {
         detector="detr-2020",
         augment="meta",
         plain_passes=0,
-        plain_end=0.0,
         image_size=800,
         num_queries=100,
         hidden_dim=256,
@@ -74,7 +73,6 @@ RECIPES = {
         detector="dino",
         augment="meta",
         plain_passes=0,
-        plain_end=0.0,
         image_size=800,
         num_queries=900,
         hidden_dim=256,
@@ -169,7 +167,10 @@ class Settings:
     rotate: float = of_data(0.0, "DEG", "rotate by up to this many degrees (default 0)")
     plain_passes: int = of_data(8, "N", "passes over the data without augmentation, at the start (default 8)")
     plain_end: float = of_data(
-        0.15, "X", "fraction of the run without augmentation, at its end, but at most two passes (default 0.15)"
+        0.0, "X", "fraction of the run without augmentation, at its end (default 0.15, at most two passes; ecdet: 0.03)"
+    )
+    plain_end_passes: float = of_data(
+        0.0, "N", "these are at most so many passes over the data (default 2; 0: no limit)"
     )
     mosaic: float = of_data(
         0.0, "X", "fraction of the run with mosaics and mix-up, at its start (default 0; ecdet: 0.5)"
@@ -404,7 +405,7 @@ def resolve_settings(given, train, initial=None):
     before = dict(vars(s))
     resolve_model(s, train, initial)
     resolve_data(s, given, train)
-    resolve_budget(s, train)
+    resolve_budget(s, given, train)
     resolve_optim(s, given, initial)
     resolve_run(s)
     chosen = {key: value for key, value in vars(s).items() if value != before[key]}
@@ -549,6 +550,9 @@ def resolve_data(s, given, train):
     advice = None if s.tile else advise_tiles(train, s.image_size)
     if advice:
         print(f"hint: {advice}")
+    if not s.recipe and given.get("plain_end") is None:
+        s.plain_end = 0.15
+        s.plain_end_passes = given.get("plain_end_passes", 2.0)
     if s.recipe == "ecdet":
         published = ECDET[s.size or "s"]
         choose(s, "mosaic", round(published["mixed"] / published["epochs"], 4))
@@ -574,7 +578,7 @@ def choose_image_size(split, smallest):
     return int(min(max(needed, smallest), max(2 * smallest, 640), max(side, smallest)) // 32 * 32)
 
 
-def resolve_budget(s, train):
+def resolve_budget(s, given, train):
     images = len(train.records)
     large = s.augment == "strong" and images >= 50000  # about as many images as the ecdet recipe was made for
     choose(s, "batch_size", 32 if large else 8 if images < 1000 else 16)
@@ -587,12 +591,12 @@ def resolve_budget(s, train):
             s.epochs = 100 if images < 5000 else 50 if images < 20000 else 24
     if s.warmup_steps is None:
         return
-    # A budget shorter than COCO's epochs: the warm-up takes at most a twentieth of it, and at least the last tenth is
-    # without augmentation.
+    # A budget shorter than COCO's epochs: the warm-up takes at most a twentieth of it, and the last tenth is without
+    # augmentation.
     steps = min(s.steps or math.inf, (s.epochs or math.inf) * math.ceil(images / (s.batch_size * s.accumulate)))
     known = math.isfinite(steps) and not s.minutes
     s.warmup = round(min(0.05, s.warmup_steps / steps if known else 0.05), 5)
-    if steps < 100_000 or s.minutes:
+    if (steps < 100_000 or s.minutes) and given.get("plain_end") is None:
         s.plain_end = 0.1
 
 

@@ -5,6 +5,7 @@ that VGGT-1B's `model.pt` loads without renaming. vggt_heads.py has the heads, a
 """
 
 from collections import Counter
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -74,6 +75,11 @@ class Block(nn.Module):
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 
+def recomputed(block):
+    """The block, whose activations are recomputed in the backward pass."""
+    return partial(checkpoint, block, use_reentrant=False)
+
+
 def rotation_of(h, w, dim, device=None):
     """cos, sin (SPECIAL + h * w, 2, dim / 4) of the rotary positions for heads of `dim` channels.
 
@@ -109,6 +115,7 @@ class PatchEncoder(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, dim))  # of its own training
         self.blocks = nn.ModuleList(Block(dim, heads, eps=1e-6, scale=1.0) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, 1e-6)
+        self.recomputes = False  # activations, in the backward pass
 
     def forward_features(self, images):
         patches = self.patch_embed["proj"](images)
@@ -116,7 +123,7 @@ class PatchEncoder(nn.Module):
         first = torch.cat([self.cls_token + self.pos_embed[:, :1], self.register_tokens], dim=1)
         tokens = torch.cat([first.expand(len(images), -1, -1).to(tokens.dtype), tokens], dim=1)
         for block in self.blocks:
-            tokens = block(tokens)
+            tokens = recomputed(block)(tokens) if self.recomputes and self.training else block(tokens)
         return {"x_norm_patchtokens": self.norm(tokens)[:, first.shape[1] :]}
 
     def positions(self, h, w):
@@ -143,9 +150,10 @@ class PatchConvolution(nn.Module):
 class Aggregator(nn.Module):
     """Patches of all frames, and special tokens, through attention within each frame and among all, in turns.
 
-    encoder: anything with `forward_features(images)["x_norm_patchtokens"]`, (B * S, N, width) row by row for normalised
-    images (B * S, 3, H, W), such as a plain ViT of backbones.py; its attributes `patch` and `dim` or `channels` say
-    how large patches and tokens are. Where its width is not `dim`, a projection is in between.
+    encoder: a module that returns (B * S, N, width), row by row, for normalised images (B * S, 3, H, W), or whose
+    `forward_features` returns that as "x_norm_patchtokens", such as a plain ViT of backbones.py; its attributes `patch`
+    and `dim` or `channels` say how large patches and tokens are. Where its width is not `dim`, a projection is in
+    between.
     """
 
     def __init__(self, encoder, dim, heads, pairs):
@@ -158,7 +166,7 @@ class Aggregator(nn.Module):
         self.register_token = nn.Parameter(SMALL * torch.randn(1, 2, SPECIAL - 1, dim))
         self.frame_blocks = nn.ModuleList(Block(dim, heads, qk_norm=True) for _ in range(pairs))
         self.global_blocks = nn.ModuleList(Block(dim, heads, qk_norm=True) for _ in range(pairs))
-        self.recomputes = False  # activations, in the backward pass
+        self.recomputes = False
 
     def forward(self, images, keep=None):
         """images (B, S, 3, H, W), normalised -> {pair: (B, S, P, 2C)}: the tokens after its frame block and after its
@@ -176,17 +184,20 @@ class Aggregator(nn.Module):
         batch, frames, _, height, width = images.shape
         if height % self.patch or width % self.patch:
             raise ValueError(f"images of {height}x{width}: both have to be multiples of {self.patch}")
-        patches = self.patch_embed.forward_features(images.flatten(0, 1))["x_norm_patchtokens"]
+        encode = getattr(self.patch_embed, "forward_features", self.patch_embed)
+        patches = encode(images.flatten(0, 1))
+        patches = patches["x_norm_patchtokens"] if isinstance(patches, dict) else patches
         patches = self.patch_projection(patches).unflatten(0, (batch, frames))
         yield "patch_embed", 0, patches
         special = torch.cat([self.camera_token, self.register_token], dim=2)
-        special = special[:, [0] + [1] * (frames - 1)].expand(batch, -1, -1, -1)
+        special = torch.cat([special[:, :1], special[:, 1:].expand(-1, frames - 1, -1, -1)], dim=1)
+        special = special.expand(batch, -1, -1, -1)
         x = torch.cat([special.to(patches.dtype), patches], dim=2)
         cos, sin = rotation_of(height // self.patch, width // self.patch, self.dim // self.heads, x.device)
         everywhere = cos.repeat(frames, 1, 1), sin.repeat(frames, 1, 1)
         for i, (within, among) in enumerate(zip(self.frame_blocks, self.global_blocks)):
             if self.recomputes and self.training:
-                within, among = (partial(checkpoint, block, use_reentrant=False) for block in (within, among))
+                within, among = recomputed(within), recomputed(among)
             x = within(x.flatten(0, 1), (cos, sin)).unflatten(0, (batch, frames))
             yield "frame", i, x
             x = among(x.flatten(1, 2), everywhere).unflatten(1, (frames, -1))
@@ -216,6 +227,8 @@ class Aggregator(nn.Module):
             if name in wanted:
                 patches = tokens if kind == "patch_embed" else tokens[:, :, SPECIAL:]
                 found[name] = {"x_norm_patchtokens": patches.flatten(0, 1)}
+            if len(found) == len(wanted):
+                break
         return {name: found[name] for name in wanted}
 
 
@@ -243,12 +256,20 @@ def read_vggt(source, parts, url=None):
         if not files:
             raise UserError(f"{path}: holds neither model.safetensors nor model.pt")
         path = files[0]
-    state = read_state_dict(path)
+    state = read_state_dict(path, mmap=True)
     others = Counter(key.split(".")[0] for key in state if key.split(".")[0] not in parts)
     if others:
         counts = ", ".join(f"{count} of {part}" for part, count in sorted(others.items()))
         print(f"{path}: weights that are not needed here are left out: {counts}")
     return {key: value for key, value in state.items() if key.split(".")[0] in parts}
+
+
+def fill(module, state, source):
+    """Loads a state dict strictly into a module on the meta device, in the precision of its parameters: the weights are
+    in memory once. Raises UserError."""
+    own = module.state_dict()
+    state = {key: value.to(own[key].dtype, copy=True) if key in own else value for key, value in state.items()}
+    load_strictly(module, state, source, assign=True)
 
 
 class VGGTBackbone(nn.Module):
@@ -257,14 +278,15 @@ class VGGTBackbone(nn.Module):
     def __init__(self, name, spec, weights, layers=None):
         super().__init__()
         self.name, self.patch, self.size_divisor = name, spec.patch, spec.patch
-        self.aggregator = build_aggregator(spec.width, spec.heads, spec.depth, spec.patch, spec.depth)
+        with torch.device("meta") if weights is not None else nullcontext():
+            self.aggregator = build_aggregator(spec.width, spec.heads, spec.depth, spec.patch, spec.depth)
         self.layers = self.aggregator.layer_names(layers or [f"global{spec.depth - 1}"])
         self.strides, self.channels = (spec.patch,) * len(self.layers), (spec.width,) * len(self.layers)
         if weights is not None:
-            load_strictly(self, read_vggt(weights, ["aggregator"], spec.source), weights)
+            fill(self, read_vggt(weights, ["aggregator"], spec.source), weights)
 
     def checkpoint_activations(self):
-        self.aggregator.recomputes = True
+        self.aggregator.recomputes = self.aggregator.patch_embed.recomputes = True
 
     def forward(self, images):
         images = self.padded(images)

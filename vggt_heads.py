@@ -226,9 +226,9 @@ def position_map(channels, m, n, aspect, device=None):
 def sines(positions, channels, temperature):
     """positions (n,) -> (channels, n), sines, then cosines."""
     count = channels // 2
-    frequencies = temperature ** -(torch.arange(count, dtype=torch.float64, device=positions.device) / count)
-    angles = frequencies[:, None] * positions.double()
-    return torch.cat([angles.sin(), angles.cos()]).float()
+    frequencies = temperature ** -(torch.arange(count, dtype=torch.float64) / count)
+    angles = frequencies[:, None] * positions.cpu().double()  # Apple's GPUs have no float64
+    return torch.cat([angles.sin(), angles.cos()]).float().to(positions.device)
 
 
 def activate(x, kind):
@@ -366,9 +366,10 @@ def correlate(pyramid, features, coordinates, radius):
     side = torch.arange(-radius, radius + 1, dtype=coordinates.dtype, device=coordinates.device)
     window = torch.stack(torch.meshgrid(side, side, indexing="ij"), dim=-1).flatten(0, 1)  # dx, dy
     batch, frames, count = coordinates.shape[:3]
+    features = features / math.sqrt(features.shape[-1])
     results = []
     for level, maps in enumerate(pyramid):
-        volume = torch.einsum("bstc,bscmn->bstmn", features, maps) / math.sqrt(features.shape[-1])
+        volume = torch.einsum("bstc,bscmn->bstmn", features, maps)
         points = coordinates[..., None, :] / 2**level + window
         found = sample(volume.flatten(0, 2)[:, None], points.flatten(0, 2), "zeros")
         results.append(found.reshape(batch, frames, count, -1))
@@ -397,17 +398,34 @@ class TrackHead(nn.Module):
         self.feature_extractor = DPTHead(dim_in, dim, widths, 0, entries)
         self.tracker = Tracker(dim, hidden, levels)
 
-    def forward(self, entries, size, patch, queries, frames):
+    def forward(self, entries, size, patch, queries):
         """queries (B, T, 2) in pixels of the first frame -> as Tracker, in pixels of the images."""
         smallest = 2 ** (self.tracker.levels - 1)
         if min(size) // 2 < smallest:
             raise ValueError(f"tracks need images of {2 * smallest} pixels or more, not {size[0]}x{size[1]}")
-        maps = self.feature_extractor(entries, size, patch).unflatten(0, (-1, frames))
+        maps = by_frames(self.feature_extractor, entries, size, patch)
         found, visible, confident = self.tracker(maps, queries / 2)
         return [2 * coordinates for coordinates in found], visible, confident
 
 
+def by_frames(head, entries, size, patch, at_once=8):
+    """Frames are independent of each other here; a few at a time bound the memory -> (B, S, out, H, W)."""
+    frames = next(iter(entries.values())).shape[1]
+    parts = []
+    for start in range(0, frames, at_once):
+        part = {i: entries[i][:, start : start + at_once] for i in head.entries}
+        parts.append(head(part, size, patch).unflatten(0, (-1, min(at_once, frames - start))))
+    return torch.cat(parts, dim=1)
+
+
 # The whole network
+
+
+def lower_precision(aggregator):
+    """Its matrices become bfloat16, in half of the memory; sums and norms stay float32."""
+    for module in aggregator.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            module.to(torch.bfloat16)
 
 
 class VGGT(nn.Module):
@@ -439,34 +457,28 @@ class VGGT(nn.Module):
 
     def forward(self, images, queries=None):
         """images (B, S, 3, H, W) in [0, 1], sides multiples of the patch; queries (B, T, 2): points of the first frame
-        to track, x and y in pixels. The aggregator computes in the precision of its weights, the heads in float32.
+        to track, x and y in pixels; both without B for one scene, which the results have all the same. After
+        `lower_precision` the aggregator computes in bfloat16; the heads compute in float32.
 
         -> "pose" (B, S, 9), "depth" (B, S, H, W), "depth_confidence", "points" (B, S, H, W, 3), "points_confidence",
         and with queries "tracks" (B, S, T, 2), "visibility", "confidence" (B, S, T), as far as there are heads.
         """
-        size, frames, patch = images.shape[-2:], images.shape[1], self.aggregator.patch
-        normalized = normalize(images).to(self.aggregator.camera_token.dtype)
-        entries = self.aggregator(normalized, keep={*self.entries, self.last})
+        images = images if images.ndim == 5 else images[None]
+        queries = queries[None] if queries is not None and queries.ndim == 2 else queries
+        size, patch = images.shape[-2:], self.aggregator.patch
+        precision = self.aggregator.frame_blocks[0].mlp.fc1.weight.dtype
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
+            entries = self.aggregator(normalize(images), keep={*self.entries, self.last})
         entries = {i: tokens.float() for i, tokens in entries.items()}
         found = {}
         if self.camera_head:
             found["pose"] = self.camera_head(entries[self.last])[-1]
         for name, head in (("depth", self.depth_head), ("points", self.point_head)):
             if head:
-                values, confidence = activate(self.by_frames(head, entries, size), name)
+                values, confidence = activate(by_frames(head, entries, size, patch), name)
                 found[name] = values[..., 0] if name == "depth" else values
                 found[f"{name}_confidence"] = confidence
         if self.track_head and queries is not None:
-            tracks, found["visibility"], found["confidence"] = self.track_head(entries, size, patch, queries, frames)
+            tracks, found["visibility"], found["confidence"] = self.track_head(entries, size, patch, queries)
             found["tracks"] = tracks[-1]
         return found
-
-    def by_frames(self, head, entries, size, at_once=8):
-        """Frames are independent of each other here; a few at a time bound the memory -> (B, S, out, H, W)."""
-        frames = next(iter(entries.values())).shape[1]
-        parts = []
-        for start in range(0, frames, at_once):
-            part = {i: entries[i][:, start : start + at_once] for i in head.entries}
-            maps = head(part, size, self.aggregator.patch)
-            parts.append(maps.unflatten(0, (-1, min(at_once, frames - start))))
-        return torch.cat(parts, dim=1)

@@ -6,6 +6,7 @@ renamed to the names that transformers reads. Weights of other parts (a decoder,
 
 import re
 import urllib.error
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -104,7 +105,18 @@ def class_of(config):
 
 def new_model(config):
     """A transformers model with random weights."""
+    if config.model_type == "dinov3_vit":
+        keep_no_positions()
     return class_of(config)(config)
+
+
+def keep_no_positions():
+    """transformers keeps DINOv3's positions for the last 32 sizes of images; a CUDA graph would read them after that."""
+    from transformers.models.dinov3_vit import modeling_dinov3_vit as dinov3
+
+    cached = getattr(dinov3, "get_patches_center_coordinates", None)
+    if hasattr(cached, "__wrapped__"):
+        dinov3.get_patches_center_coordinates = cached.__wrapped__
 
 
 def load_transformers(name, spec, weights):
@@ -117,6 +129,8 @@ def load_transformers(name, spec, weights):
     config = transformers_config(spec)
     if weights is None:
         return new_model(config)
+    if spec.family in ("dinov3", "mum"):
+        keep_no_positions()
     transformers.utils.logging.set_verbosity_error()  # no table of the keys that check_report reports
     if weights == "pretrained" and spec.source.startswith("https://"):
         weights = download(spec.source)
@@ -289,8 +303,9 @@ def first_line(error):
 # State dicts
 
 
-def read_state_dict(path):
-    """A .pth or .safetensors file -> {key: tensor}. Only tensors are unpickled. Raises UserError."""
+def read_state_dict(path, mmap=False):
+    """A .pth or .safetensors file -> {key: tensor}. Only tensors are unpickled. mmap: weights are read from the file
+    when they are used, if it is not of PyTorch before 1.6. Raises UserError."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
@@ -298,7 +313,8 @@ def read_state_dict(path):
         if path.suffix == ".safetensors":
             state = safetensors.torch.load_file(path)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            mmap = mmap and zipfile.is_zipfile(path)
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # torch raises many kinds on files that are not its own
         raise UserError(f"{path}: can't be read as weights ({first_line(error)})") from None
     while isinstance(state, dict):
@@ -349,13 +365,16 @@ def check_keys(source, name, missing, unexpected, mismatched=()):
         raise UserError(f"{source}: not the weights of {name}; {'; '.join(problems)}")
 
 
-def load_strictly(module, state, source):
-    """Loads a state dict that has to fit the module exactly. Raises UserError."""
+def load_strictly(module, state, source, assign=False):
+    """Loads a state dict that has to fit the module exactly. assign: its tensors become the module's.
+
+    Raises UserError.
+    """
     own = module.state_dict()
     mismatched = [key for key in state if key in own and state[key].shape != own[key].shape]
     name = getattr(module, "name", type(module).__name__)
     check_keys(source, name, own.keys() - state.keys(), state.keys() - own.keys(), mismatched)
-    module.load_state_dict(state)
+    module.load_state_dict(state, assign=assign)
 
 
 # Conversions of the authors' files to the names of the files on the hub, which transformers maps to its modules

@@ -6,7 +6,7 @@ import zlib
 from pathlib import Path
 
 # Tests compare bits and start several processes: they take the CPU, but for those of GPUs, which are run alone.
-if not any("test_accelerator" in argument for argument in sys.argv):
+if not any("test_accelerator" in argument for argument in sys.argv if not argument.startswith("-")):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import numpy as np

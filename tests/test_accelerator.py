@@ -125,7 +125,9 @@ def test_a_step_waits_for_the_gpu_where_objects_are_matched_and_nowhere_else(det
             torch.cuda.set_sync_debug_mode("default")
     waits = [w for w in caught if "called a synchronizing" in str(w.message)]
     places = [f"{w.filename.rsplit('/', 1)[-1]}:{w.lineno}" for w in waits]
-    if detector != "ssd":
+    if detector == "ssd":
+        assert all(p.startswith(("ssd", "anchor_utils", "_utils", "graph", "detr_loss")) for p in places), places
+    else:
         assert len(places) <= 2 and all(place.startswith(("detr_loss", "ecdet_loss")) for place in places), places
 
 
@@ -147,8 +149,12 @@ def test_a_run_is_resumed(detector, tiny_data, tmp_path, monkeypatch, capsys):
     assert status == 0, error
     whole, parts = (torch.load(tmp_path / run / "last.pth", weights_only=True) for run in ("whole", "parts"))
     assert whole["training"]["step"] == parts["training"]["step"] == 6
-    moved = [(whole["model"][key].float() - parts["model"][key].float()).abs().max().item() for key in whole["model"]]
-    assert max(moved) < 0.02  # a step of Muon moves a weight by about as much: none is missing or taken twice
+    for key, value in whole["training"]["model"].items():
+        other = parts["training"]["model"][key]
+        assert (value.float() - other.float()).norm() <= 2e-3 * value.float().norm() + 1e-5, key
+    momenta = [state["momentum"] for state in whole["training"]["optimizers"][-1]["state"].values()]
+    others = [state["momentum"] for state in parts["training"]["optimizers"][-1]["state"].values()]
+    assert all((a - b).norm() <= 0.1 * a.norm() + 1e-6 for a, b in zip(momenta, others))  # a lost step halves them
 
 
 @pytest.mark.parametrize("precision", ["auto", "float16"])
@@ -173,7 +179,7 @@ def test_train_evaluate_detect_export(detector, precision, tiny_data, tmp_path, 
         infer.main, [*pictures, "--checkpoint", run / "best.pth", "--out", tmp_path / "out"], monkeypatch, capsys
     )
     assert status == 0, error
-    assert len(list((tmp_path / "out").glob("*.*"))) >= len(pictures)
+    assert all((tmp_path / "out" / f"{picture.stem}.jpg").exists() for picture in pictures)
     gpu, cpu = (load(run / "best.pth", device=d, threshold=0, precision="float32") for d in ("cuda", "cpu"))
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (200, 150, 3), dtype=np.uint8))
     for image in (*pictures[:2], noise):

@@ -370,7 +370,7 @@ def test_batches_hold_pictures_of_like_proportions():
 
 
 def test_the_run_decides_when_pictures_are_whole_and_when_they_are_mixed(tiny_data):
-    settings = SimpleNamespace(plain_passes=2, plain_end=0.1, mosaic=0.5)
+    settings = SimpleNamespace(plain_passes=2, plain_end=0.1, plain_end_passes=2, mosaic=0.5)
     phases = [
         augmentation_phase(passes, progress, settings)
         for passes, progress in ((1, 0.0), (2, 0.1), (9, 0.5), (19, 0.95), (90, 0.92), (90, 0.98), (90, 1.0))

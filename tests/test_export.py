@@ -145,6 +145,11 @@ def test_smaller_copies_detect_nearly_the_same(detector, any_size, tiny_data, tm
     pytest.importorskip("onnxscript")
     classes = ["kind 7", "kind 300", "kind 90001"]
     checkpoint = write_checkpoint(tmp_path / "best.pth", detector, classes)
+    content = torch.load(checkpoint, weights_only=True)
+    for name, value in content["model"].items():
+        if name.endswith("bias") and ("class" in name or "score_head" in name):
+            value.zero_()  # scores near 0.5, in which a difference can be seen
+    save_checkpoint(checkpoint, content)
     image = tiny_data / "val2017" / "000.png"
     arguments = [checkpoint, "--data", tiny_data, "--image", image, "--int8", "--half"] + ["--any-size"] * any_size
     status, out, err = called(export.main, arguments, monkeypatch, capsys)
@@ -154,8 +159,10 @@ def test_smaller_copies_detect_nearly_the_same(detector, any_size, tiny_data, tm
     assert list(sizes) == ["best.onnx", "best.int8.onnx", "best.half.onnx"]
     assert sizes["best.int8.onnx"] < sizes["best.half.onnx"] < sizes["best.onnx"]
     exact, int8, half = (load(tmp_path / name, threshold=0.0)(image) for name in sizes)
-    for found, far in ((half, 0.01), (int8, 0.1)):
+    assert exact["scores"][0] > 0.4
+    for found, far, pixels in ((half, 0.01, 0.5), (int8, 0.1, 5)):
         assert found["scores"][:5].tolist() == pytest.approx(exact["scores"][:5].tolist(), abs=far)
+        assert torch.cdist(exact["boxes"][:5], found["boxes"], p=torch.inf).amin(1).max() < pixels
     assert load(tmp_path / "best.int8.onnx").classes == classes
     assert not list(tmp_path.glob("*.partial*"))
 

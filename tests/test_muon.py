@@ -140,3 +140,23 @@ def test_muon_leaves_the_scores_and_edges_of_an_ecdet_to_adamw():
         "decoder.denoising_class_embed.weight",
     }
     assert last <= adamw and {"decoder.dec_bbox_head.0.layers.1.weight", "encoder.fpn_blocks.0.cv1.conv.weight"} <= muon
+
+
+def test_bfloat16_gives_nearly_the_same_steps_and_is_kept_by_copies_and_checkpoints():
+    torch.manual_seed(0)
+    exact, rounded = (torch.nn.Parameter(torch.ones(24, 40)) for _ in range(2))
+    optimizers = Muon([exact], lr=0.1), Muon([rounded], lr=0.1, dtype=torch.bfloat16)
+    for _ in range(3):
+        exact.grad = torch.randn(24, 40)
+        rounded.grad = exact.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    moved = (exact - 1).norm()
+    assert rounded.dtype == torch.float32 and 0 < (exact - rounded).norm() < 0.05 * moved
+    again = Muon([rounded], lr=0.1)
+    again.load_state_dict(optimizers[1].state_dict())
+    assert again.param_groups[0]["dtype"] is torch.bfloat16
+    old = optimizers[0].state_dict()
+    del old["param_groups"][0]["dtype"]  # a run of before goes on in float32
+    again.load_state_dict(old)
+    again.step()

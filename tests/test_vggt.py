@@ -16,7 +16,7 @@ import vggt_heads
 from backbones import BACKBONES, build_backbone, parameter_depths
 from detr_model import DETECTORS, build_model
 from errors import UserError
-from vggt import VGGT_1B, VGGTBackbone, normalize, read_vggt, rotation_of
+from vggt import VGGTBackbone, normalize, read_vggt, rotation_of
 from vggt_heads import VGGT, cameras_to_pose, matrix_to_quaternion, pose_to_cameras, quaternion_to_matrix, unproject
 
 GOLDEN = np.load(ROOT / "tests" / "parity" / "golden_vggt.npz")
@@ -111,7 +111,7 @@ def test_every_part_gives_the_references_numbers(model, images, monkeypatch):
     agrees("world_points", found["points"], 2e-4)
     agrees("world_points_conf", found["points_confidence"], 2e-4)
     agrees("track_features", model.track_head.feature_extractor(entries, SIZE, 14))
-    tracks, visible, confident = model.track_head(entries, SIZE, 14, queries, 3)
+    tracks, visible, confident = model.track_head(entries, SIZE, 14, queries)
     for i in range(4):
         agrees(f"track{i}", tracks[i])
     agrees("vis", visible, 5e-4)
@@ -292,7 +292,11 @@ def test_layers_have_names(tiny_backbone):
     assert features["global0"]["x_norm_patchtokens"].shape == (2, 6, 32)
     depths = parameter_depths(backbone)
     assert depths["aggregator.patch_embed.blocks.1.norm1.bias"] == 2
-    assert depths["aggregator.global_blocks.0.norm1.bias"] == 3 and depths["aggregator.camera_token"] is not None
+    assert depths["aggregator.global_blocks.0.norm1.bias"] == 3
+    first = ["patch_embed.patch_embed.proj.bias", "patch_embed.cls_token", "patch_embed.pos_embed"]
+    between = ["patch_embed.norm.bias", "camera_token", "register_token"]
+    assert {depths[f"aggregator.{name}"] for name in between} == {2}
+    assert depths["aggregator.patch_embed.pos_embed"] == 0 == depths[f"aggregator.{first[0]}"]
     with pytest.raises(UserError, match="--layers frame2: VGGT's are patch_embed, frame0 to frame1"):
         build_backbone(tiny_backbone, layers=("frame2",))
     with pytest.raises(UserError, match="--layers frame0: the blocks of dinov2-small are 0 to 11"):
@@ -308,9 +312,12 @@ def test_the_backbones_weights_are_a_part_of_the_released_file(tiny_backbone, tm
     assert "left out: 1 of depth_head" in capsys.readouterr().out
     assert all(torch.equal(value, state[key]) for key, value in backbone.state_dict().items())
     recomputing = build_backbone(tiny_backbone, tmp_path / "model.pt", checkpointing=True).train()
-    images = torch.randn(1, 3, 28, 28)
+    images, calls = torch.randn(1, 3, 28, 28), []
     for b in (backbone.train(), recomputing):
+        for module in (b.aggregator.patch_embed.blocks[0].norm1, b.aggregator.global_blocks[0].norm1):
+            module.register_forward_hook(lambda *_, b=b: calls.append(b is recomputing))
         b(images)[0].sum().backward()
+    assert calls.count(False) == 2 and calls.count(True) == 4  # the encoder's blocks and the pairs, twice each
     grads = [
         dict(b.named_parameters())["aggregator.frame_blocks.0.mlp.fc1.weight"].grad for b in (backbone, recomputing)
     ]
@@ -361,8 +368,18 @@ def test_the_command_writes_a_scene(released_file, small_command, tmp_path, monk
     data = (out / "points.ply").read_bytes()
     header, _, body = data.partition(b"end_header\n")
     count = int(header.split(b"element vertex ")[1].split()[0])
-    assert count == math.ceil(3 * 140 * 140 / 2) or abs(count - 3 * 140 * 140 / 2) < 3
-    assert len(body) == 15 * count and np.isfinite(np.frombuffer(body[:12], "<f4")).all()
+    assert count == math.ceil((112 + 140 + 70) * 140 / 2)  # half of the pixels that are not a border
+    assert len(body) == 15 * count
+    vertices = np.frombuffer(body, [(n, "<f4") for n in "xyz"] + [(n, "u1") for n in "rgb"])
+    assert all(np.isfinite(vertices[n]).all() for n in "xyz") and 100 < vertices["r"].mean() < 155
+
+    for path in sorted(folder.glob("[bc]*")):
+        path.unlink()
+    status, said, error = called(reconstruct.main, [*arguments[:5], "--out", out], monkeypatch, capsys)
+    assert status == 0, error
+    assert sorted(path.name for path in out.iterdir()) == ["cameras.json", "depth-1.png", "points.ply"]
+    status, said, error = called(reconstruct.main, [*arguments[:5], "--out", folder], monkeypatch, capsys)
+    assert status == 2 and "holds images that would be overwritten" in error
 
 
 @pytest.mark.parametrize(
@@ -372,6 +389,7 @@ def test_the_command_writes_a_scene(released_file, small_command, tmp_path, monk
         (["--keep", 0], "--keep 0.0: has to be a percentage"),
         (["--size", 140, "--track", "1;2"], "--track 1;2: has to be X,Y"),
         (["--size", 140, "--track", "900,2"], "--track 900,2: is not in the part of the first image"),
+        (["--size", 140, "--fit", "pad", "--track", "20,165"], "is not in the part of the first image (160x160)"),
         (["--size", 70, "--track", "5,5"], "needs images of 140 pixels or more"),
         (["--size", 140, "--weights", "gone.pt"], "gone.pt: no such file"),
         (["--size", 140, "--offline"], "--offline forbids downloading it"),
@@ -399,5 +417,50 @@ def test_one_image_is_a_scene_and_untrained_weights_are_said(small_command, tmp_
         reconstruct.main, [*given, "--precision", "bfloat16", "--out", tmp_path / "o"], monkeypatch, capsys
     )
     assert status == 0, error
-    assert "1 images as 140x140" in said
-    assert VGGT_1B["patch"] == 14 and (tmp_path / "o" / "depth-1.png").exists()
+    assert "1 images as 140x140" in said and (tmp_path / "o" / "depth-1.png").exists()
+
+
+def test_images_are_fitted_as_the_original_does():
+    """Against resizing the whole and cutting it; transparent parts are tested in tests/test_detecting.py."""
+    rng = np.random.default_rng(0)
+    tall = Image.fromarray(rng.integers(0, 255, (300, 100, 3), dtype=np.uint8))
+    frame = reconstruct.fit(tall, 140, "crop")
+    whole = np.asarray(tall.resize((140, 420), Image.BICUBIC))[140:280]
+    assert np.abs(255 * frame["pixels"].permute(1, 2, 0).numpy() - whole).max() <= 1.001
+    assert frame["offset"] == (0, -140) and frame["scale"] == (1.4, 1.4) and frame["is_image"].all()
+    padded = reconstruct.fit(tall, 140, "pad")
+    assert padded["pixels"].shape == (3, 140, 140) and padded["offset"] == (49, 0)
+    assert padded["is_image"].sum() == 140 * 42 and (padded["pixels"][:, ~padded["is_image"]] == 1).all()
+    wide = reconstruct.fit(Image.new("RGB", (200, 100)), 140, "crop")
+    both = reconstruct.pad_to_largest([frame, wide])
+    assert [f["pixels"].shape for f in both] == [(3, 140, 140)] * 2 and both[1]["offset"] == (0, 35)
+
+
+def test_the_most_confident_points_are_kept(tmp_path):
+    points, images = torch.arange(24.0).reshape(1, 2, 4, 3), torch.rand(1, 3, 2, 4)
+    confidence = torch.tensor([[[1.0, 1, 1, 9], [torch.inf, 8, torch.nan, 1]]])
+    is_image = torch.tensor([[[True, True, True, True], [True, True, True, False]]])
+    assert reconstruct.write_points(tmp_path / "a.ply", points, confidence, is_image, images, 40) == 2  # of five
+    body = (tmp_path / "a.ply").read_bytes().partition(b"end_header\n")[2]
+    vertices = np.frombuffer(body, [(n, "<f4") for n in "xyz"] + [(n, "u1") for n in "rgb"])
+    assert vertices["x"].tolist() == [9, 15]
+    expected = (255 * images[0, :, [0, 1], [3, 1]]).round().int().tolist()
+    assert [vertices[n].tolist() for n in "rgb"] == expected
+    assert reconstruct.finite([[1.0, float("inf")], [float("nan")]]) == [[1.0, None], [None]]
+
+
+@torch.no_grad()
+def test_bfloat16_and_single_scenes_stay_near(model, images):
+    """Matrices alone are rounded: sums and norms stay float32. The network takes a scene without its batch axis."""
+    queries = torch.from_numpy(GOLDEN["query_points"])
+    exact = model(images[:1], queries[:1])
+    alone = model(images[0], queries[0])
+    assert all(torch.equal(value, alone[name]) for name, value in exact.items())
+    rounded = small_vggt(heads=("camera", "depth"))
+    vggt_heads.lower_precision(rounded.aggregator)
+    assert rounded.aggregator.frame_blocks[0].norm1.weight.dtype == torch.float32
+    found = rounded(images[:1])
+    assert (found["depth"] / exact["depth"]).log().abs().mean() < 0.05
+    entries, head = model.aggregator(normalize(images[:1])), model.depth_head
+    whole, parts = (vggt_heads.by_frames(head, entries, SIZE, 14, at_once) for at_once in (8, 2))
+    assert whole.shape == (1, 3, 2, *SIZE) and (whole - parts).abs().max() < 1e-4

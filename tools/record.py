@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
 import benchmark
 from peers import PAIRS
 
+from checkpoint import write_atomically
 from devices import PRECISIONS, Graphed, autocast, choose_device, choose_precision, seconds_of
 from ecvit import fuse
 from errors import UserError, run_script
@@ -81,7 +82,10 @@ class Record:
         self.path, self.content = path, {"rows": []}
         if path.exists():
             self.content = read_record(path)
-        self.content |= describe(device)
+        about = describe(device)
+        if self.content.get("device", about["device"]) != about["device"]:
+            raise UserError(f"{path}: is of another machine ({self.content['device']}); choose another file")
+        self.content |= about
 
     def add(self, part, name, values):
         """Writes a row in place of that of the same name and prints it."""
@@ -90,7 +94,7 @@ class Record:
         self.content["rows"] = [*rows, {"part": part, "name": name, **values}]
         lines = ",\n".join(json.dumps(row) for row in self.content["rows"])
         about = {key: value for key, value in self.content.items() if key != "rows"}
-        self.path.write_text(f'{json.dumps(about)[:-1]}, "rows": [\n{lines}\n]}}\n')
+        write_atomically(self.path, f'{json.dumps(about)[:-1]}, "rows": [\n{lines}\n]}}\n'.encode())
         print(f"{part:9s} {name:44s} " + "  ".join(f"{key} {show(value)}" for key, value in values.items()), flush=True)
 
     def measure(self, part, name, function):
@@ -288,7 +292,18 @@ def in_turns(functions, repeats, device):
 
 def measure_learning(arguments, device, precision, record):
     """One run of train.py from random weights: the best AP so far after 1, 3, ... minutes, and the last."""
-    run = Path(tempfile.mkdtemp()) / "run"
+    with tempfile.TemporaryDirectory() as folder:
+        rows = train_and_evaluate(arguments, Path(folder) / "run")
+    for minutes in sorted({1.0, 3.0, arguments.minutes}):
+        until = [row for row in rows if row["minutes"] <= minutes + 0.05]
+        if until and minutes <= arguments.minutes:
+            row = max(until, key=lambda row: row["AP"])
+            values = {"AP": row["AP"], "AP50": row["AP50"], "steps": until[-1]["step"]}
+            record.add("learning", f"{arguments.data.name}, {arguments.side} pixels, {minutes:g} minutes", values)
+
+
+def train_and_evaluate(arguments, run):
+    """-> the rows of log.jsonl with an AP. Raises UserError."""
     command = [sys.executable, Path(__file__).resolve().parents[1] / "train.py", "--data", arguments.data]
     command += ["--backbone", "ecvit-nano", "--backbone-weights", "none", "--image-size", arguments.side]
     command += ["--minutes", arguments.minutes, "--out", run]
@@ -296,13 +311,7 @@ def measure_learning(arguments, device, precision, record):
     if result.returncode:
         raise UserError(f"train.py failed: {result.stdout.splitlines()[-1]}")
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if "AP" in row]
-    for minutes in sorted({1.0, 3.0, arguments.minutes}):
-        until = [row for row in rows if row["minutes"] <= minutes + 0.05]
-        if until and minutes <= arguments.minutes:
-            row = max(until, key=lambda row: row["AP"])
-            values = {"AP": row["AP"], "AP50": row["AP50"], "steps": until[-1]["step"]}
-            record.add("learning", f"{arguments.data.name}, {arguments.side} pixels, {minutes:g} minutes", values)
+    return [row for row in rows if "AP" in row]
 
 
 PARTS = {"steps": measure_steps, "peers": measure_peers, "learning": measure_learning}

@@ -111,7 +111,7 @@ def new_model(config):
 
 
 def keep_no_positions():
-    """transformers keeps DINOv3's positions for the last 32 sizes of images; a CUDA graph would read them after that."""
+    """transformers keeps DINOv3's positions for the last 32 sizes of images; a CUDA graph reads them for longer."""
     from transformers.models.dinov3_vit import modeling_dinov3_vit as dinov3
 
     cached = getattr(dinov3, "get_patches_center_coordinates", None)

@@ -1,6 +1,8 @@
 """A detector from Python, and as a folder for the hub."""
 
+import copy
 import json
+import pickle
 
 import huggingface_hub
 import numpy as np
@@ -288,3 +290,13 @@ def test_supervision_where_it_is_installed(checkpoint, monkeypatch):
         and given.class_id.dtype == np.int64
         and list(given.data["class_name"]) == found["names"]
     )
+
+
+def test_a_detector_can_be_copied_and_its_network_replaced(tiny_family):
+    detector, other = (load(tiny_family(family), device="cpu", threshold=0.0) for family in ("ecvit", "convnext"))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 120, 3), dtype=np.uint8))
+    found, others = detector(image), other(image)
+    for copied in (copy.deepcopy(detector), pickle.loads(pickle.dumps(detector))):
+        assert torch.equal(copied(image)["boxes"], found["boxes"])
+    detector.model = other.model
+    assert torch.equal(detector(image)["boxes"], others["boxes"])

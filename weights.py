@@ -244,6 +244,7 @@ def say_licence(source):
         print(
             f"{source}: {owner} licence forbids commercial use; for commercial use choose --backbone dinov2-small "
             "(Apache-2.0) or --backbone ecvit-nano, which starts from random weights"
+            + (", or apply for facebook/VGGT-1B-Commercial on the hub" if "VGGT" in source else "")
         )
 
 

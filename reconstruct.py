@@ -33,6 +33,7 @@ from vggt_heads import VGGT, lower_precision, pose_to_cameras, unproject
 
 PATCH = VGGT_1B["patch"]
 SMALLEST, LARGEST = 56, 1036  # of --size
+THINNEST = 20  # aspect ratio of images, which are scaled to a width before they are cut
 
 
 def parse_arguments():
@@ -119,15 +120,16 @@ def fit(image, size, how):
     a pixel of the image times scale plus offset is one of pixels.
 
     crop: as wide as `size`, and of what is then higher than that the middle. pad: its longer side is `size`; white
-    makes it a square.
+    makes it a square. Raises UserError.
     """
     width, height = image.size
+    if max(width, height) > THINNEST * min(width, height):
+        raise UserError(f"an image of {width}x{height}: has to be at most {THINNEST} times as long as wide")
     longer = width if how == "crop" else max(width, height)
     new_width, new_height = (max(PATCH, round(n * size / longer / PATCH) * PATCH) for n in (width, height))
     rows = min(new_height, size)
     cut = (new_height - rows) // 2
-    part = 0, cut * height / new_height, width, (cut + rows) * height / new_height
-    resized = image.resize((new_width, rows), Image.BICUBIC, box=part)
+    resized = image.resize((new_width, new_height), Image.BICUBIC).crop((0, cut, new_width, cut + rows))
     frame = {
         "pixels": TF.to_dtype(TF.pil_to_tensor(resized), torch.float32, scale=True),
         "is_image": torch.ones(rows, new_width, dtype=torch.bool),

@@ -431,6 +431,8 @@ def test_images_are_fitted_as_the_original_does():
     padded = reconstruct.fit(tall, 140, "pad")
     assert padded["pixels"].shape == (3, 140, 140) and padded["offset"] == (49, 0)
     assert padded["is_image"].sum() == 140 * 42 and (padded["pixels"][:, ~padded["is_image"]] == 1).all()
+    with pytest.raises(UserError, match="an image of 4x400: has to be at most 20 times as long as wide"):
+        reconstruct.fit(Image.new("RGB", (4, 400)), 140, "crop")
     wide = reconstruct.fit(Image.new("RGB", (200, 100)), 140, "crop")
     both = reconstruct.pad_to_largest([frame, wide])
     assert [f["pixels"].shape for f in both] == [(3, 140, 140)] * 2 and both[1]["offset"] == (0, 35)

@@ -124,8 +124,10 @@ def test_patch_size_and_layers_are_for_plain_vits():
             build_backbone("ecvit-nano", **options)
     with pytest.raises(UserError, match="blocks of dinov3-vits16 are 0 to 11"):
         build_backbone("dinov3-vits16", layers=(3, 12))
+    with pytest.raises(UserError, match="--layers all: the blocks of dinov3-vits16 are 0 to 11"):  # a name of VGGT's
+        build_backbone("dinov3-vits16", layers=backbones.parse_layers("all"))
     with pytest.raises(UserError, match="--layers takes blocks"):
-        backbones.parse_layers("all")
+        backbones.parse_layers("1;2")
 
 
 # The other extractors

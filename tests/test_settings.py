@@ -266,6 +266,7 @@ ALWAYS = {
     "workers",
     "plain_passes",
     "plain_end",
+    "plain_end_passes",
     "schedule",
     "warmup",
     "warmup_steps",

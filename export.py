@@ -63,8 +63,10 @@ def parse_arguments():
         action="store_true",
         help="the graph takes images of any size that is padded to multiples of 32 (of a plain ViT's patch)",
     )
-    parser.add_argument("--int8", action="store_true", help="of ONNX: write a copy in int8 too, for CPUs")
-    parser.add_argument("--half", action="store_true", help="of ONNX: write a copy in float16 too, for GPUs")
+    parser.add_argument("--int8", action="store_true", help="of ONNX: write a copy in int8 too, a third as large")
+    parser.add_argument(
+        "--half", action="store_true", help="of ONNX: write a copy in float16 too, half as large, for GPUs"
+    )
     parser.add_argument("--data", metavar="DIR", help="of --int8 and --half: a dataset (default: that of the run)")
     parser.add_argument("--out", metavar="FILE", help="default: the checkpoint's name with another ending")
     parser.add_argument("--large-images", action="store_true", help="open images that look like decompression bombs")

@@ -9,7 +9,7 @@ Writes depth-1.png ... (near is bright), cameras.json, points.ply and, with --tr
 --out. The first camera's frame is the world; lengths have no unit. The weights must not be used commercially.
 
 Two images of 84x56 take 1.5 s and 5.8 GB on two cores, with --precision bfloat16 1.1 s and 4.0 GB; the memory that a
-scene needs is printed before it is taken. From Python: vggt_heads.VGGT, whose heads can be left out one by one and whose
+scene needs is printed before it is taken. From Python: vggt_heads.VGGT, whose heads can be left out and whose
 patch encoder can be another vision transformer.
 """
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 import yaml
-from pycocotools import mask
 
 from errors import UserError, writing
 
@@ -144,6 +143,8 @@ def segmentation_box(segmentation):
 
 def run_length_box(code):
     """A run-length code, compressed or not -> its box x, y, w, h. Raises one of MALFORMED."""
+    from pycocotools import mask  # few datasets need it
+
     height, width = (int(n) for n in code["size"])
     if not (0 < height < 2**16 and 0 < width < 2**16):
         raise ValueError(f"{height} x {width} is no size of a mask")

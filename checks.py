@@ -1,20 +1,26 @@
 """Every image of a Split is decoded once, and every box repaired or left out, before anything is trained."""
 
+import hashlib
+import json
 import math
+import os
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from errors import UserError
+from errors import UserError, write_atomically
 from transforms import common_range, extremes, open_image, upright_size
 
 LARGE_IMAGE = 2**24  # pixels; only one image of more is in memory at a time
 LARGE_IMAGE_LOCK = threading.Lock()
+MANY_IMAGES = 2000  # of as many or more, what was found is kept for the next start
+CACHE_FORMAT = 1  # of Probe; another one is not read
 
 
 def check(split, skip_bad_images=False):
@@ -41,15 +47,19 @@ def check(split, skip_bad_images=False):
 
 def leave_out_unreadable(split, skip_bad_images):
     """Decodes every image -> the Probes of those that can be read; the others leave the Split."""
+    is_large = len(split.records) >= MANY_IMAGES
     with ThreadPoolExecutor() as pool:
+        known = KnownImages(split, pool) if is_large else None
         progress = tqdm(
-            pool.map(probe_image, split.records),
+            pool.map(lambda record: known and known.get(record) or probe_image(record), split.records),
             f"checking {split.name}",
             len(split.records),
             leave=False,
-            disable=None if len(split.records) > 2000 else True,
+            disable=None if is_large else True,
         )
         probes = list(progress)
+    if known:
+        known.keep(split, probes)
     bad = [p for p in probes if isinstance(p, str)]
     if bad:
         listed = "; ".join(bad[:10]) + (f"; and {len(bad) - 10} more" if len(bad) > 10 else "")
@@ -70,6 +80,52 @@ class Probe(NamedTuple):
     upright: tuple  # the same once it is rotated as its EXIF says
     extremes: tuple | None  # see transforms.extremes
     has_deep_colours: bool  # of 16 bits
+
+
+class KnownImages:
+    """The Probes of an earlier start, in a file of the user's cache, of images whose size and time of change are those
+    of then."""
+
+    def __init__(self, split, pool):
+        paths = [os.path.abspath(record.path) for record in split.records]
+        self.stamps = dict(zip(paths, pool.map(stamp, paths)))  # before the images are opened
+        home = os.path.commonpath(paths) if len({os.path.splitdrive(path)[0] for path in paths}) == 1 else ""
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "detr"
+        self.file = folder / f"images-{hashlib.sha256(home.encode()).hexdigest()[:16]}.json"
+        try:
+            content = json.loads(self.file.read_text(encoding="utf-8"))
+            self.entries = content["images"] if content["format"] == CACHE_FORMAT else {}
+        except (OSError, ValueError, KeyError, TypeError):  # none, or of a process that was killed
+            self.entries = {}
+
+    def get(self, record):
+        """-> the Probe of an image that has not changed, else None."""
+        path = os.path.abspath(record.path)
+        then, probe = self.entries.get(path, (None, None))
+        if then is None or then != self.stamps[path]:
+            return None
+        stored, upright, found, has_deep_colours = probe
+        return Probe(tuple(stored), tuple(upright), found and tuple(found), has_deep_colours)
+
+    def keep(self, split, probes):
+        """Writes down the Probes for the next start; images that could not be read are opened again then."""
+        paths = [os.path.abspath(record.path) for record in split.records]
+        unchanged = sum(path in self.entries and self.entries[path][0] == self.stamps[path] for path in paths)
+        if unchanged:
+            split.remarks.append(f"{unchanged:,} images have not changed since they were checked ({self.file})")
+        if unchanged == len(paths):
+            return
+        self.entries |= {p: (self.stamps[p], probe) for p, probe in zip(paths, probes) if isinstance(probe, Probe)}
+        with suppress(OSError):  # no room, or a home that can't be written to: the next start opens the images again
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.file, json.dumps({"format": CACHE_FORMAT, "images": self.entries}).encode())
+
+
+def stamp(path):
+    """-> [bytes, nanoseconds of the last change] of a file, or None if it is not there."""
+    with suppress(OSError):
+        status = os.stat(path)
+        return [status.st_size, status.st_mtime_ns]
 
 
 def probe_image(record):

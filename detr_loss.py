@@ -5,7 +5,6 @@ B images, Q queries, K classes, L layers, T objects of an image, M matches. Boxe
 
 import torch
 import torch.nn.functional as F
-from scipy.optimize import linear_sum_assignment
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import box_convert, sigmoid_focal_loss
@@ -72,6 +71,8 @@ class HungarianMatcher(nn.Module):
         sizes = [len(t["labels"]) for t in targets]
         if max(sizes, default=0) == 0:
             return tuple(torch.zeros(4, 0, dtype=torch.long))
+        from scipy.optimize import linear_sum_assignment  # 400 modules, which detection does without
+
         cost = self.cost(logits, boxes, targets).nan_to_num(1e6, 1e6, -1e6).cpu().numpy()
         rows = []
         for layer in range(len(cost)):

@@ -24,8 +24,6 @@ from pathlib import Path
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # operations that Apple's GPUs lack run on the CPU
 import numpy as np
 import torch
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from torch.utils.data import DataLoader
 from torchvision.ops import batched_nms
 
@@ -211,6 +209,8 @@ def class_curves(task):
 
     precision (IoUs, recalls, areas, limits); recall (IoUs, areas, limits).
     """
+    from pycocotools.cocoeval import COCOeval  # like scipy and transformers: imported once it is needed
+
     annotations, rows, limits = task
     images = sorted({*(a["image_id"] for a in annotations), *rows[:, 0].astype(int).tolist()})
     category = {annotations[0]["category_id"]: ""}
@@ -226,6 +226,8 @@ def class_curves(task):
 
 def coco_of(images, classes, annotations):
     """Image ids, {category id: name} and annotations -> pycocotools.COCO."""
+    from pycocotools.coco import COCO
+
     coco = COCO()
     coco.dataset = {
         "info": {},
@@ -271,6 +273,8 @@ def summarize(results, num_classes, limits):
 
     Precision is -1 for classes without results.
     """
+    from pycocotools.cocoeval import COCOeval
+
     evaluation = COCOeval(iouType="bbox")
     params = evaluation.params
     params.maxDets = limits

@@ -13,6 +13,7 @@ from test_commands import called
 from torchvision import tv_tensors
 from torchvision.ops import box_convert, box_iou
 
+import checks
 import demo_data
 import transforms
 from datasets import DetectionDataset, EndlessBatches, collate, group_by_aspect_ratio
@@ -612,3 +613,68 @@ def test_flips_and_turns_move_boxes_with_the_pixels(flip, ways, kind, monkeypatc
             assert bright[y1:y2, x1:x2].all() and bright.sum() == (y2 - y1) * (x2 - x1)
         seen.add((height, tuple(map(tuple, places.round().int().tolist()))))
     assert len(seen) == ways
+
+
+# What is kept of a large dataset's check
+
+
+def checked_images(monkeypatch, data):
+    """-> how many images load_splits opens, and its splits."""
+    opened, real = [], checks.probe_image
+    monkeypatch.setattr(checks, "probe_image", lambda record: opened.append(record.path) or real(record))
+    splits = load_splits(data)
+    monkeypatch.setattr(checks, "probe_image", real)
+    return opened, splits
+
+
+def test_images_of_a_large_dataset_are_opened_once(tmp_path, monkeypatch):
+    """Until they change; those that can't be read are opened again, and so are all where the file is damaged."""
+    monkeypatch.setattr(checks, "MANY_IMAGES", 4)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    data = write_coco(tmp_path / "data", {"train2017": 12, "val2017": 4})
+    first, before = checked_images(monkeypatch, data)
+    again, after = checked_images(monkeypatch, data)
+    assert len(first) == 16 and again == []
+    for ours, theirs in zip(after, before):
+        for a, b in zip(ours.records, theirs.records):
+            assert (a.path, a.width, a.height, a.upright) == (b.path, b.width, b.height, b.upright)
+            assert np.array_equal(a.boxes, b.boxes) and np.array_equal(a.labels, b.labels)
+        assert ours.value_range == theirs.value_range
+        assert any(f"{len(ours.records)} images have not changed" in remark for remark in ours.remarks)
+
+    changed, broken = before[0].records[0].path, before[0].records[1].path
+    Image.new("RGB", (9, 7)).save(changed)
+    broken.write_bytes(b"no image")
+    with pytest.raises(UserError, match=f"1 of 12 images can't be read .*{broken.name}"):
+        load_splits(data)
+    broken.write_bytes((before[0].records[2].path).read_bytes())
+    third, after = checked_images(monkeypatch, data)
+    assert third == [broken]  # the other was opened, and kept, when the first start failed
+    assert (after[0].records[0].width, after[0].records[0].height) == (9, 7)
+
+    train, val = sorted((tmp_path / "cache" / "detr").glob("*.json"), key=lambda file: -file.stat().st_size)
+    train.write_text('{"format": 1, "images"')
+    val.write_text("")
+    assert len(checked_images(monkeypatch, data)[0]) == 16
+    assert checked_images(monkeypatch, data)[0] == []
+    train.write_text(train.read_text().replace('"format": 1', '"format": 2'))
+    assert len(checked_images(monkeypatch, data)[0]) == 12
+
+
+def test_deep_images_keep_their_range_when_they_are_not_opened(tmp_path, monkeypatch):
+    monkeypatch.setattr(checks, "MANY_IMAGES", 1)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    data = write_coco(tmp_path / "data", {"train2017": 3, "val2017": 2})
+    for path in data.rglob("*.png"):
+        Image.fromarray(np.full((48, 64), 3000, dtype=np.uint16)).save(path, format="PNG")
+    first, before = checked_images(monkeypatch, data)
+    again, after = checked_images(monkeypatch, data)
+    assert len(first) == 5 and again == [] and after[0].value_range == before[0].value_range == (0, 4095)
+
+
+def test_a_home_that_cannot_be_written_to_costs_time_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(checks, "MANY_IMAGES", 4)
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    data = write_coco(tmp_path / "data", {"train2017": 5, "val2017": 4})
+    assert [len(checked_images(monkeypatch, data)[0]) for _ in range(2)] == [9, 9]

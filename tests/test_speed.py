@@ -10,11 +10,13 @@ import peers
 import pytest
 import record
 import torch
-from conftest import ROOT
+from conftest import ROOT, tiny_config
+from PIL import Image
 from test_commands import called
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from checkpoint import save_checkpoint
 from detr_model import build_model
 from ecvit import fuse
 from settings import DEFAULTS
@@ -196,6 +198,31 @@ def test_a_detector_on_its_own_backbone_imports_no_model_of_transformers():
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
         == "[]\n"
     )
+
+
+@pytest.mark.parametrize("script", ["train", "infer", "evaluate", "datasets", "export", "check_dims"])
+def test_help_waits_for_no_library_that_it_does_not_need(script):
+    assert imported(f"{script}.py", "--help") == set()
+
+
+def test_detection_imports_only_what_it_needs(tmp_path):
+    """Not even transformers, for a backbone that is not one of its models."""
+    config = tiny_config("detr", num_classes=2, image_size=64)
+    content = {"model": build_model(config)[0].state_dict(), "config": config, "classes": ["a", "b"]}
+    save_checkpoint(tmp_path / "best.pth", content | {"category_ids": [1, 2]})
+    Image.new("RGB", (60, 40)).save(tmp_path / "image.png")
+    out = "--out", tmp_path / "out"
+    assert imported("infer.py", tmp_path / "image.png", "--checkpoint", tmp_path / "best.pth", *out) == set()
+    assert (tmp_path / "out" / "detections.json").exists()
+
+
+def imported(*command):
+    """-> which of the slow libraries a command imports."""
+    run = subprocess.run([sys.executable, "-X", "importtime", *command], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    names = {line.split("|")[-1].strip().split(".")[0] for line in run.stderr.splitlines() if "|" in line}
+    assert "torch" in names
+    return names & {"transformers", "matplotlib", "pycocotools", "scipy", "onnxruntime"}
 
 
 def test_a_machine_is_recorded_and_set_beside_another(tiny_data, tmp_path, monkeypatch, capsys):

@@ -12,13 +12,16 @@ from torchvision.ops import box_convert, sigmoid_focal_loss
 from distributed import all_reduce_mean, average_count
 from layers import to_device
 
+COSTS_AT_ONCE = 2**22  # of cells and objects: images beyond wait for the next round, which takes less memory
+
 
 def pairwise_giou(a, b):
     """a, b (..., 4) xyxy, broadcast against each other -> IoU and generalised IoU (arXiv 1902.09630), each (...)."""
-    area_a, area_b = (area(x[..., 2:] - x[..., :2]) for x in (a, b))
-    overlap = area((torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0))
-    hull = area(torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2]))
-    union = area_a + area_b - overlap
+    (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = a.unbind(-1), b.unbind(-1)
+    overlap = (torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)).clamp(min=0)
+    overlap = overlap * (torch.minimum(ay2, by2) - torch.maximum(ay1, by1)).clamp(min=0)
+    hull = (torch.maximum(ax2, bx2) - torch.minimum(ax1, bx1)) * (torch.maximum(ay2, by2) - torch.minimum(ay1, by1))
+    union = (ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - overlap
     iou = overlap / union.clamp(min=1e-9)
     return iou, iou - (hull - union) / hull.clamp(min=1e-9)
 
@@ -31,6 +34,12 @@ def area(sides):
 def to_xyxy(boxes):
     """boxes (..., 4) cxcywh -> (..., 4) xyxy."""
     return box_convert(boxes, "cxcywh", "xyxy")
+
+
+def focal_cost(x):
+    """Logits -> the focal cost of taking each for its class: that of a hit less that of a false alarm."""
+    p = x.sigmoid()
+    return 0.25 * (1 - p) ** 2 * -F.logsigmoid(x) - 0.75 * p**2 * -F.logsigmoid(-x)
 
 
 class HungarianMatcher(nn.Module):
@@ -53,11 +62,11 @@ class HungarianMatcher(nn.Module):
         index = target_labels[None, :, None].expand(*logits.shape[:3], -1)
         if self.class_loss == "softmax":
             class_cost = -logits.softmax(-1).gather(3, index)
-        else:
-            x = logits.gather(3, index)
-            p = x.sigmoid()
-            class_cost = 0.25 * (1 - p) ** 2 * -F.logsigmoid(x) - 0.75 * p**2 * -F.logsigmoid(-x)
-        bbox_cost = (boxes[:, :, :, None] - target_boxes[None, :, None]).abs().sum(-1)
+        elif logits.shape[3] > index.shape[3]:
+            class_cost = focal_cost(logits.gather(3, index))
+        else:  # with more objects than classes, this is less work
+            class_cost = focal_cost(logits).gather(3, index)
+        bbox_cost = torch.cdist(boxes, target_boxes.expand(len(boxes), -1, -1, -1), p=1)
         giou_cost = -pairwise_giou(to_xyxy(boxes)[:, :, :, None], to_xyxy(target_boxes)[None, :, None])[1]
         return self.class_cost * class_cost + self.bbox_cost * bbox_cost + self.giou_cost * giou_cost
 
@@ -165,7 +174,13 @@ class SetCriterion(nn.Module):
         """The terms of the dense predictions, logits (B, N, K) and boxes (B, N, 4). Names end in _dense."""
         logits, boxes = (outputs[key][None].float() for key in ("pred_logits", "pred_boxes"))
         sizes = [len(t["labels"]) for t in targets]
-        image, cell, target = assign_dense(self.matcher.cost(logits, boxes, targets)[0], sizes, self.dense_k)
+        group, found = max(1, COSTS_AT_ONCE // (logits.shape[2] * max([1, *sizes]))), []
+        for first in range(0, len(sizes), group):
+            part = slice(first, first + group)
+            cost = self.matcher.cost(logits[:, part], boxes[:, part], targets[part])[0]
+            image, cell, target = assign_dense(cost, sizes[part], self.dense_k)
+            found.append((first + image, cell, target))
+        image, cell, target = (torch.cat(parts) for parts in zip(*found))
         indices = to_device(number_in_batch(sizes, torch.zeros_like(image), image, cell, target), logits.device)
         return self.losses(logits, boxes, indices, targets, ["_dense"], self.dense_k * total)
 

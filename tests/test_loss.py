@@ -2,8 +2,9 @@ import itertools
 
 import pytest
 import torch
-from torchvision.ops import generalized_box_iou
+from torchvision.ops import box_convert, generalized_box_iou
 
+import detr_loss
 from detr_loss import HungarianMatcher, PostProcess, SetCriterion, assign_dense, pairwise_giou, quality_loss, to_xyxy
 
 
@@ -162,3 +163,40 @@ def test_a_batch_in_pieces_has_the_loss_of_the_whole(class_loss):
         if (class_loss, name) != ("softmax", "loss_class"):
             assert (pieces[0][name] + pieces[1][name]) / 2 == pytest.approx(float(value), rel=1e-5), name
     assert abs(float(alone[0]["loss_giou"] + alone[1]["loss_giou"]) / 2 - float(whole["loss_giou"])) > 1e-3
+
+
+def test_dense_losses_do_not_depend_on_how_many_images_are_matched_at_once(monkeypatch):
+    torch.manual_seed(3)
+    sizes, classes = [3, 0, 7, 1], 5
+    criterion = SetCriterion(HungarianMatcher())
+    outputs = {"pred_logits": torch.randn(4, 60, classes), "pred_boxes": torch.rand(4, 60, 4) * 0.5 + 0.1}
+    targets = [{"labels": torch.randint(classes, (n,)), "boxes": torch.rand(n, 4) * 0.4 + 0.2} for n in sizes]
+    whole = criterion.dense_losses(outputs, targets, torch.tensor(11.0))
+    asked = []
+    real = criterion.matcher.cost
+    monkeypatch.setattr(criterion.matcher, "cost", lambda *given: asked.append(len(given[2])) or real(*given))
+    for at_once, images in ((1, [1, 1, 1, 1]), (2 * 60 * 7, [2, 2]), (10**6, [4])):
+        monkeypatch.setattr(detr_loss, "COSTS_AT_ONCE", at_once)
+        asked.clear()
+        parts = criterion.dense_losses(outputs, targets, torch.tensor(11.0))
+        assert asked == images
+        for name, value in whole.items():
+            torch.testing.assert_close(parts[name], value, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("classes, objects", [(3, 20), (40, 2)])
+def test_costs_are_the_same_with_more_objects_than_classes(classes, objects):
+    """Against the formula written out for every pair."""
+    torch.manual_seed(4)
+    logits, boxes = torch.randn(2, 1, 6, classes), torch.rand(2, 1, 6, 4) * 0.4 + 0.2
+    target = {"labels": torch.randint(classes, (objects,)), "boxes": torch.rand(objects, 4) * 0.4 + 0.2}
+    cost = HungarianMatcher().cost(logits, boxes, [target])
+    for layer, query, number in itertools.product(range(2), range(6), range(objects)):
+        p = torch.sigmoid(logits[layer, 0, query, target["labels"][number]].double())
+        focal = -0.25 * (1 - p) ** 2 * p.log() + 0.75 * p**2 * (1 - p).log()
+        box, theirs = boxes[layer, 0, query], target["boxes"][number]
+        giou = generalized_box_iou(
+            box_convert(box[None], "cxcywh", "xyxy"), box_convert(theirs[None], "cxcywh", "xyxy")
+        )
+        expected = focal + 5 * (box - theirs).abs().sum() - 2 * giou[0, 0]
+        torch.testing.assert_close(cost[layer, 0, query, number].double(), expected.double(), rtol=1e-5, atol=1e-5)

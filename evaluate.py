@@ -423,13 +423,16 @@ def load_split(arguments, content):
     return load_run_splits(arguments.checkpoint, content, **options)[1]
 
 
-def build_loader(split, arguments, config, divisor):
-    """A DataLoader of a Split; divisor: of the sides of a batch."""
+def build_loader(split, arguments, config, divisor, device):
+    """A DataLoader of a Split; divisor: of the sides of a batch. A GPU would wait for images: processes open them."""
     resizing = arguments.image_size or config["image_size"], config.get("square", False), config["exact_sides"]
     return DataLoader(
         DetectionDataset(split, eval_transforms(*resizing)),
         collate_fn=partial(collate, divisor=divisor),
         batch_sampler=evaluation_batches(split, arguments.batch_size or 8, divisor, *resizing),
+        num_workers=min(4, os.cpu_count()) if device.type == "cuda" else 0,
+        worker_init_fn=start_worker,
+        pin_memory=device.type == "cuda",
     )
 
 
@@ -457,7 +460,7 @@ def evaluate_checkpoint(arguments, device):
     split = load_split(arguments, content)
     side = content["config"].get("tile")
     shown = cut_into_tiles(split, side, for_training=False) if side else split
-    loader = build_loader(shown, arguments, content["config"], model.backbone.size_divisor)
+    loader = build_loader(shown, arguments, content["config"], model.backbone.size_divisor, device)
     with autocast(precision, device):
         figures, curves, found = evaluate(model, postprocess, loader, shown, device)
     return split, figures, curves, found

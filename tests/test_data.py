@@ -19,7 +19,7 @@ import transforms
 from datasets import DetectionDataset, EndlessBatches, collate, group_by_aspect_ratio
 from demo_data import CLASSES, draw_picture, make_demo, overlap
 from errors import UserError
-from evaluate import measure
+from evaluate import build_loader, measure
 from layouts import Record, Split, load_splits
 from runs import augmentation_phase
 from settings import choose_image_size
@@ -678,3 +678,16 @@ def test_a_home_that_cannot_be_written_to_costs_time_and_nothing_else(tmp_path, 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     data = write_coco(tmp_path / "data", {"train2017": 5, "val2017": 4})
     assert [len(checked_images(monkeypatch, data)[0]) for _ in range(2)] == [9, 9]
+
+
+def test_evaluation_sees_the_same_batches_from_processes(tiny_data):
+    """On a GPU, processes open the images."""
+    val = load_splits(tiny_data)[1]
+    arguments, config = SimpleNamespace(image_size=48, batch_size=3), {"exact_sides": True}
+    here, there = (
+        list(build_loader(val, arguments, config, 16, SimpleNamespace(type=kind))) for kind in ("cpu", "cuda")
+    )
+    assert len(here) == len(there) == 2
+    for (images, mask, targets), (others, other_mask, other_targets) in zip(here, there):
+        assert torch.equal(images, others) and torch.equal(mask, other_mask)
+        assert [t["image_id"] for t in targets] == [t["image_id"] for t in other_targets]

@@ -455,9 +455,11 @@ def advise_tiles(split, size):
         shown += (own * factor).tolist()
     if not sides or np.median(shown) >= SMALL or np.median(sides) < 1.5 * np.median(shown):
         return None
+    shortest = np.median([min(record.width, record.height) for record in split.records])
+    instead = "--tile 640" if shortest > 640 else f"--image-size {round_up(int(shortest), 32)}"
     return (
         f"half of the objects are under {np.median(shown):.0f} pixels at --image-size {size}, but "
-        f"{np.median(sides):.0f} in the files: train.py --tile 640 shows them at their own resolution"
+        f"{np.median(sides):.0f} in the files: train.py {instead} shows them at their own resolution"
     )
 
 

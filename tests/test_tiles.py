@@ -124,6 +124,8 @@ def test_tiles_are_advised_where_objects_lose_their_pixels(tmp_path, monkeypatch
     assert advise_tiles(split, 1200) is None
     tiny = make_record(0, Path("a.png"), (300, 200), [(10, 10, 14, 14, 0, 16, False)] * 3)
     assert advise_tiles(Split("train", ["a"], [1], [tiny]), 640) is None  # tiles would show no more of them
+    fits = advise_tiles(Split("train", ["a"], [1], [tiny]), 64)
+    assert "but 4 in the files: train.py --image-size 224 shows" in fits  # the whole image is no larger than a tile
     root = write_coco(tmp_path, {"train": 2, "val": 2}, size=(3000, 2000))
     status, out, error = called(datasets.main, [root, "--out", tmp_path / "s.png"], monkeypatch, capsys)
     assert status == 0 and "suspicious:" in out and "train.py --tile 640" in out, error

@@ -8,6 +8,7 @@ import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,18 +49,19 @@ def check(split, skip_bad_images=False):
 def leave_out_unreadable(split, skip_bad_images):
     """Decodes every image -> the Probes of those that can be read; the others leave the Split."""
     is_large = len(split.records) >= MANY_IMAGES
+    known = KnownImages(split.records) if is_large else None
+    probes = [known and known.get(record) for record in split.records]
+    unknown = [i for i, probe in enumerate(probes) if probe is None]
     with ThreadPoolExecutor() as pool:
-        known = KnownImages(split, pool) if is_large else None
-        progress = tqdm(
-            pool.map(lambda record: known and known.get(record) or probe_image(record), split.records),
-            f"checking {split.name}",
-            len(split.records),
-            leave=False,
-            disable=None if is_large else True,
-        )
-        probes = list(progress)
-    if known:
-        known.keep(split, probes)
+        found = pool.map(probe_image, [split.records[i] for i in unknown])
+        hidden = None if len(unknown) >= MANY_IMAGES else True
+        for i, probe in zip(unknown, tqdm(found, f"checking {split.name}", len(unknown), leave=False, disable=hidden)):
+            probes[i] = probe
+    if len(unknown) < len(probes):
+        count = len(probes) - len(unknown)
+        split.remarks.append(f"{count:,} images have not changed since they were checked ({known.file})")
+    if is_large and unknown:
+        known.keep(split.records, probes)
     bad = [p for p in probes if isinstance(p, str)]
     if bad:
         listed = "; ".join(bad[:10]) + (f"; and {len(bad) - 10} more" if len(bad) > 10 else "")
@@ -86,16 +88,19 @@ class KnownImages:
     """The Probes of an earlier start, in a file of the user's cache, of images whose size and time of change are those
     of then."""
 
-    def __init__(self, split, pool):
-        paths = [os.path.abspath(record.path) for record in split.records]
-        self.stamps = dict(zip(paths, pool.map(stamp, paths)))  # before the images are opened
+    def __init__(self, records):
+        paths = [os.path.abspath(record.path) for record in records]
+        parts = [paths[i : i + 1000] for i in range(0, len(paths), 1000)]
+        with ThreadPoolExecutor() as pool:  # a stamp takes a while on a network's disk; before the images are opened
+            stamps = pool.map(lambda part: [stamp(path) for path in part], parts)
+            self.stamps = dict(zip(paths, chain.from_iterable(stamps)))
         home = os.path.commonpath(paths) if len({os.path.splitdrive(path)[0] for path in paths}) == 1 else ""
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "detr"
         self.file = folder / f"images-{hashlib.sha256(home.encode()).hexdigest()[:16]}.json"
         try:
             content = json.loads(self.file.read_text(encoding="utf-8"))
             self.entries = content["images"] if content["format"] == CACHE_FORMAT else {}
-        except (OSError, ValueError, KeyError, TypeError):  # none, or of a process that was killed
+        except (OSError, ValueError, KeyError, TypeError):  # none yet, or a damaged one
             self.entries = {}
 
     def get(self, record):
@@ -107,14 +112,9 @@ class KnownImages:
         stored, upright, found, has_deep_colours = probe
         return Probe(tuple(stored), tuple(upright), found and tuple(found), has_deep_colours)
 
-    def keep(self, split, probes):
+    def keep(self, records, probes):
         """Writes down the Probes for the next start; images that could not be read are opened again then."""
-        paths = [os.path.abspath(record.path) for record in split.records]
-        unchanged = sum(path in self.entries and self.entries[path][0] == self.stamps[path] for path in paths)
-        if unchanged:
-            split.remarks.append(f"{unchanged:,} images have not changed since they were checked ({self.file})")
-        if unchanged == len(paths):
-            return
+        paths = [os.path.abspath(record.path) for record in records]
         self.entries |= {p: (self.stamps[p], probe) for p, probe in zip(paths, probes) if isinstance(probe, Probe)}
         with suppress(OSError):  # no room, or a home that can't be written to: the next start opens the images again
             self.file.parent.mkdir(parents=True, exist_ok=True)

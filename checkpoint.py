@@ -24,7 +24,7 @@ from detr_model import build_model
 from ecdet_loss import REG_SCALE, UP
 from ecdet_model import SIZES
 from ecvit import fuse
-from errors import UserError, write_atomically, writing
+from errors import UserError, writing
 from weights import check_keys, download, first_line, load_strictly, say_licence
 
 FORMAT = 1
@@ -67,6 +67,31 @@ def save_checkpoint(path, content):
     hint = "; what it held before is whole. Free some space, or choose another --out"
     with writing(path, hint, also=[RuntimeError]):  # which torch.save raises if the disk is full
         write_atomically(path, partial(torch.save, {"format": FORMAT, **content}))
+
+
+def write_atomically(path, content):
+    """Writes a file whole or not at all: under a temporary name, flushed to disk, then renamed.
+
+    content: bytes, or a function that writes them to a file.
+    """
+    path = Path(path)
+    unfinished = path.with_name(path.name + ".partial")
+    try:
+        with open(unfinished, "wb") as file:
+            if isinstance(content, bytes):
+                file.write(content)
+            else:
+                content(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # the new name is on disk only when its folder is
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
 
 
 def read_checkpoint(path):

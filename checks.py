@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import PIL
 from tqdm import tqdm
 
-from errors import UserError, write_atomically
-from transforms import common_range, extremes, open_image, upright_size
+from distributed import is_main_process
+from errors import UserError
+from transforms import FORMATS, LARGE_IMAGES, common_range, extremes, open_image, upright_size
 
 LARGE_IMAGE = 2**24  # pixels; only one image of more is in memory at a time
 LARGE_IMAGE_LOCK = threading.Lock()
@@ -60,7 +62,7 @@ def leave_out_unreadable(split, skip_bad_images):
     if len(unknown) < len(probes):
         count = len(probes) - len(unknown)
         split.remarks.append(f"{count:,} images have not changed since they were checked ({known.file})")
-    if is_large and unknown:
+    if is_large and is_main_process():
         known.keep(split.records, probes)
     bad = [p for p in probes if isinstance(p, str)]
     if bad:
@@ -85,8 +87,7 @@ class Probe(NamedTuple):
 
 
 class KnownImages:
-    """The Probes of an earlier start, in a file of the user's cache, of images whose size and time of change are those
-    of then."""
+    """The Probes of an earlier start, in a file of the user's cache, of images that have not changed since."""
 
     def __init__(self, records):
         paths = [os.path.abspath(record.path) for record in records]
@@ -95,37 +96,49 @@ class KnownImages:
             stamps = pool.map(lambda part: [stamp(path) for path in part], parts)
             self.stamps = dict(zip(paths, chain.from_iterable(stamps)))
         home = os.path.commonpath(paths) if len({os.path.splitdrive(path)[0] for path in paths}) == 1 else ""
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "detr"
-        self.file = folder / f"images-{hashlib.sha256(home.encode()).hexdigest()[:16]}.json"
-        try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "detr"
+        self.file = cache / f"images-{hashlib.sha256(os.fsencode(home)).hexdigest()[:16]}.json"
+        # What decides, beside the file, whether an image can be opened and what is seen in it
+        self.reader = [CACHE_FORMAT, PIL.__version__, FORMATS, bool(os.environ.get(LARGE_IMAGES))]
+        self.entries, self.probes = {}, {}
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # none yet, or a damaged one
             content = json.loads(self.file.read_text(encoding="utf-8"))
-            self.entries = content["images"] if content["format"] == CACHE_FORMAT else {}
-        except (OSError, ValueError, KeyError, TypeError):  # none yet, or a damaged one
-            self.entries = {}
+            if content["reader"] == self.reader:
+                self.probes = {path: restored(*content["images"].get(path, (None, None))) for path in paths}
+                self.entries = content["images"]
 
     def get(self, record):
         """-> the Probe of an image that has not changed, else None."""
         path = os.path.abspath(record.path)
-        then, probe = self.entries.get(path, (None, None))
-        if then is None or then != self.stamps[path]:
-            return None
-        stored, upright, found, has_deep_colours = probe
-        return Probe(tuple(stored), tuple(upright), found and tuple(found), has_deep_colours)
+        then, probe = self.probes.get(path, (None, None))
+        return probe if then is not None and then == self.stamps[path] else None
 
     def keep(self, records, probes):
         """Writes down the Probes for the next start; images that could not be read are opened again then."""
         paths = [os.path.abspath(record.path) for record in records]
-        self.entries |= {p: (self.stamps[p], probe) for p, probe in zip(paths, probes) if isinstance(probe, Probe)}
+        new = {p: (self.stamps[p], probe) for p, probe in zip(paths, probes) if isinstance(probe, Probe)}
+        if all(self.probes.get(path) == entry for path, entry in new.items()):
+            return
+        unfinished = self.file.with_suffix(f".{os.getpid()}")  # other runs may write theirs
         with suppress(OSError):  # no room, or a home that can't be written to: the next start opens the images again
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.file, json.dumps({"format": CACHE_FORMAT, "images": self.entries}).encode())
+            unfinished.write_text(json.dumps({"reader": self.reader, "images": self.entries | new}), encoding="utf-8")
+            os.replace(unfinished, self.file)
+
+
+def restored(stamp, probe):
+    """An entry of the cache's file -> stamp, Probe."""
+    if probe is None:
+        return None, None
+    stored, upright, found, has_deep_colours = probe
+    return stamp, Probe(tuple(stored), tuple(upright), found and tuple(found), has_deep_colours)
 
 
 def stamp(path):
-    """-> [bytes, nanoseconds of the last change] of a file, or None if it is not there."""
+    """-> what changes whenever a file does, or None if it is not there."""
     with suppress(OSError):
         status = os.stat(path)
-        return [status.st_size, status.st_mtime_ns]
+        return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
 def probe_image(record):

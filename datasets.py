@@ -455,8 +455,9 @@ def advise_tiles(split, size):
         shown += (own * factor).tolist()
     if not sides or np.median(shown) >= SMALL or np.median(sides) < 1.5 * np.median(shown):
         return None
-    shortest = np.median([min(record.width, record.height) for record in split.records])
-    instead = "--tile 640" if shortest > 640 else f"--image-size {round_up(int(shortest), 32)}"
+    shortest, longest = (int(np.median([f(r.width, r.height) for r in split.records])) for f in (min, max))
+    whole = round_up(shortest, 32)
+    instead = f"--image-size {whole}" if shortest <= 640 and longest <= longest_side(whole) else "--tile 640"
     return (
         f"half of the objects are under {np.median(shown):.0f} pixels at --image-size {size}, but "
         f"{np.median(sides):.0f} in the files: train.py {instead} shows them at their own resolution"

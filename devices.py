@@ -2,7 +2,8 @@
 
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import torch
@@ -52,6 +53,20 @@ def choose_precision(asked, device, training=True):
         return "float16" if torch.cuda.get_device_capability(device) >= (7, 0) else "float32"
     native = any(getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in CPU_UNITS)
     return "bfloat16" if device.type == "cpu" and training and native else "float32"
+
+
+def ahead(function, items, threads):
+    """Yields function(item) of every item in turn, while threads compute those of the next `threads` items."""
+    waiting, pool = deque(), ThreadPoolExecutor(max(1, threads))
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def autocast(precision, device):

@@ -1,10 +1,9 @@
-"""A user's mistake ends a script in one line on stderr and exit status 2; files are written whole or not at all."""
+"""A user's mistake ends a script in one line on stderr and exit status 2, without a traceback."""
 
 import argparse
 import os
 import sys
 from contextlib import contextmanager
-from pathlib import Path
 
 MAX_LENGTH = 3000  # of a message: it may quote anything
 
@@ -29,31 +28,6 @@ def writing(path, hint="", also=()):
     except (OSError, *also) as error:
         cause = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: can't be written ({cause}){hint}") from None
-
-
-def write_atomically(path, content):
-    """Writes a file whole or not at all: under a temporary name, flushed to disk, then renamed.
-
-    content: bytes, or a function that writes them to a file.
-    """
-    path = Path(path)
-    unfinished = path.with_name(path.name + ".partial")
-    try:
-        with open(unfinished, "wb") as file:
-            if isinstance(content, bytes):
-                file.write(content)
-            else:
-                content(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
-    if os.name == "posix":  # the new name is on disk only when its folder is
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
 
 
 def run_script(main):

@@ -18,20 +18,18 @@ import time
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # operations that Apple's GPUs lack run on the CPU
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 from torchvision.ops import batched_nms
 
 import plots
 from checkpoint import data_of, load_detector
 from datasets import DetectionDataset, collate, cut_into_tiles, evaluation_batches
 from detector import join_tiles, load
-from devices import PRECISIONS, autocast, choose_device, choose_precision
+from devices import PRECISIONS, ahead, autocast, choose_device, choose_precision
 from distributed import all_gather, broadcast, is_main_process, start_worker
 from errors import Offline, UserError, run_script, writing
 from layouts import LAYOUTS, load_splits
@@ -423,17 +421,14 @@ def load_split(arguments, content):
     return load_run_splits(arguments.checkpoint, content, **options)[1]
 
 
-def build_loader(split, arguments, config, divisor, device):
-    """A DataLoader of a Split; divisor: of the sides of a batch. A GPU would wait for images: processes open them."""
+def batches_of(split, arguments, config, divisor, device):
+    """Yields the batches of a Split; divisor: of their sides. Threads open the next images, so that no GPU waits."""
     resizing = arguments.image_size or config["image_size"], config.get("square", False), config["exact_sides"]
-    return DataLoader(
-        DetectionDataset(split, eval_transforms(*resizing)),
-        collate_fn=partial(collate, divisor=divisor),
-        batch_sampler=evaluation_batches(split, arguments.batch_size or 8, divisor, *resizing),
-        num_workers=min(4, os.cpu_count()) if device.type == "cuda" else 0,
-        worker_init_fn=start_worker,
-        pin_memory=device.type == "cuda",
-    )
+    dataset = DetectionDataset(split, eval_transforms(*resizing))
+    batches = evaluation_batches(split, arguments.batch_size or 8, divisor, *resizing)
+    # Tiles of an image share it, so they come from one thread; on a CPU the network needs the others.
+    threads = 4 if device.type != "cpu" and split.whole is None else 1
+    return ahead(lambda batch: collate(dataset.__getitems__(batch), divisor), batches, threads)
 
 
 def print_figures(figures):
@@ -460,7 +455,7 @@ def evaluate_checkpoint(arguments, device):
     split = load_split(arguments, content)
     side = content["config"].get("tile")
     shown = cut_into_tiles(split, side, for_training=False) if side else split
-    loader = build_loader(shown, arguments, content["config"], model.backbone.size_divisor, device)
+    loader = batches_of(shown, arguments, content["config"], model.backbone.size_divisor, device)
     with autocast(precision, device):
         figures, curves, found = evaluate(model, postprocess, loader, shown, device)
     return split, figures, curves, found

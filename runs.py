@@ -21,10 +21,10 @@ from tqdm import tqdm
 
 import distributed
 import plots
-from checkpoint import read_checkpoint, save_checkpoint
+from checkpoint import read_checkpoint, save_checkpoint, write_atomically
 from datasets import DetectionDataset, cut_into_tiles
 from devices import autocast
-from errors import UserError, write_atomically
+from errors import UserError
 from evaluate import draw_report, evaluate
 from mistakes import describe_thresholds, find_thresholds, judge
 from report import write_report

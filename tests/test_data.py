@@ -1,5 +1,6 @@
 import itertools
 import json
+import os
 import pickle
 import shutil
 from types import SimpleNamespace
@@ -19,11 +20,21 @@ import transforms
 from datasets import DetectionDataset, EndlessBatches, collate, group_by_aspect_ratio
 from demo_data import CLASSES, draw_picture, make_demo, overlap
 from errors import UserError
-from evaluate import build_loader, measure
+from evaluate import batches_of, measure
 from layouts import Record, Split, load_splits
 from runs import augmentation_phase
 from settings import choose_image_size
-from transforms import MEAN, STD, eval_transforms, mix_up, mosaic, read_image, reduction, train_transforms
+from transforms import (
+    MEAN,
+    STD,
+    allow_large_images,
+    eval_transforms,
+    mix_up,
+    mosaic,
+    read_image,
+    reduction,
+    train_transforms,
+)
 
 
 def edit(path, change):
@@ -653,12 +664,18 @@ def test_images_of_a_large_dataset_are_opened_once(tmp_path, monkeypatch):
     assert (after[0].records[0].width, after[0].records[0].height) == (9, 7)
 
     train, val = sorted((tmp_path / "cache" / "detr").glob("*.json"), key=lambda file: -file.stat().st_size)
-    train.write_text('{"format": 1, "images"')
-    val.write_text("")
+    train.write_text('{"reader": [], "images"')
+    val.write_text('{"reader": 1, "images": []}')
     assert len(checked_images(monkeypatch, data)[0]) == 16
     assert checked_images(monkeypatch, data)[0] == []
-    train.write_text(train.read_text().replace('"format": 1', '"format": 2'))
-    assert len(checked_images(monkeypatch, data)[0]) == 12
+    allow_large_images(True)
+    assert len(checked_images(monkeypatch, data)[0]) == 16  # what may be opened is another thing now
+    allow_large_images(False)
+    assert len(checked_images(monkeypatch, data)[0]) == 16
+    state = os.stat(changed)
+    changed.write_bytes(changed.read_bytes())
+    os.utime(changed, ns=(state.st_atime_ns, state.st_mtime_ns))  # as tools do that edit an image in place
+    assert checked_images(monkeypatch, data)[0] == [changed]
 
 
 def test_deep_images_keep_their_range_when_they_are_not_opened(tmp_path, monkeypatch):
@@ -680,13 +697,11 @@ def test_a_home_that_cannot_be_written_to_costs_time_and_nothing_else(tmp_path, 
     assert [len(checked_images(monkeypatch, data)[0]) for _ in range(2)] == [9, 9]
 
 
-def test_evaluation_sees_the_same_batches_from_processes(tiny_data):
-    """On a GPU, processes open the images."""
+def test_evaluation_sees_the_same_batches_with_more_threads(tiny_data):
+    """As it does on a GPU."""
     val = load_splits(tiny_data)[1]
     arguments, config = SimpleNamespace(image_size=48, batch_size=3), {"exact_sides": True}
-    here, there = (
-        list(build_loader(val, arguments, config, 16, SimpleNamespace(type=kind))) for kind in ("cpu", "cuda")
-    )
+    here, there = (list(batches_of(val, arguments, config, 16, SimpleNamespace(type=kind))) for kind in ("cpu", "cuda"))
     assert len(here) == len(there) == 2
     for (images, mask, targets), (others, other_mask, other_targets) in zip(here, there):
         assert torch.equal(images, others) and torch.equal(mask, other_mask)

@@ -27,6 +27,7 @@ import infer
 import plots
 import train
 import transforms
+import video
 from backbones import build_backbone
 from checkpoint import read_checkpoint, save_checkpoint
 from detector import detect_in_tiles, load, to_image
@@ -359,10 +360,10 @@ def test_frames_share_batches_on_a_gpu_alone(tmp_path):
             return [super(OnGpu, self).__call__(image) for image in images]
 
     rows = []
-    count, _, trouble = infer.detect_in_video(str(clip), OnGpu(), tmp_path / "out.mp4", rows.append)
+    count, _, trouble = video.detect_in_video(str(clip), OnGpu(), tmp_path / "out.mp4", rows.append)
     assert count == 20 and trouble is None and max(sizes) > 1 and sum(sizes) == 20
     alone = []
-    infer.detect_in_video(str(clip), Squares(), tmp_path / "out2.mp4", alone.append)
+    video.detect_in_video(str(clip), Squares(), tmp_path / "out2.mp4", alone.append)
     assert all(torch.equal(a["boxes"], b["boxes"]) and a["time"] == b["time"] for a, b in zip(rows, alone))
 
 

@@ -24,10 +24,10 @@ import datasets
 import infer
 import runs
 import train
-from checkpoint import read_checkpoint, save_checkpoint, settings_of
+from checkpoint import read_checkpoint, save_checkpoint, settings_of, write_atomically
 from detector import load
 from detr_model import build_model
-from errors import UserError, write_atomically
+from errors import UserError
 from layouts import load_splits
 from settings import DEFAULTS, Settings
 from transforms import read_image, train_transforms

@@ -126,6 +126,8 @@ def test_tiles_are_advised_where_objects_lose_their_pixels(tmp_path, monkeypatch
     assert advise_tiles(Split("train", ["a"], [1], [tiny]), 640) is None  # tiles would show no more of them
     fits = advise_tiles(Split("train", ["a"], [1], [tiny]), 64)
     assert "but 4 in the files: train.py --image-size 224 shows" in fits  # the whole image is no larger than a tile
+    wide = make_record(0, Path("a.png"), (4000, 500), [(10, 10, 30, 30, 0, 400, False)] * 3)
+    assert "--tile 640" in advise_tiles(Split("train", ["a"], [1], [wide]), 512)  # resized to a width of 853
     root = write_coco(tmp_path, {"train": 2, "val": 2}, size=(3000, 2000))
     status, out, error = called(datasets.main, [root, "--out", tmp_path / "s.png"], monkeypatch, capsys)
     assert status == 0 and "suspicious:" in out and "train.py --tile 640" in out, error

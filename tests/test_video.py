@@ -6,6 +6,7 @@ import torch
 from PIL import Image, ImageDraw
 
 import infer
+import video
 from datasets import OVERLAP, tile_starts
 from detector import Detector, detect_in_tiles, merge
 from errors import UserError
@@ -50,7 +51,7 @@ def test_every_frame_of_a_clip_comes_out_with_its_box(tmp_path):
     av = pytest.importorskip("av")
     count = write_clip(tmp_path / "clip.mp4")
     rows = []
-    count, seconds, trouble = infer.detect_in_video(
+    count, seconds, trouble = video.detect_in_video(
         str(tmp_path / "clip.mp4"), RedSquares(), tmp_path / "out.mp4", rows.append
     )
     assert count == len(rows)
@@ -94,14 +95,14 @@ def test_a_video_from_the_command_line(tmp_path, monkeypatch, capsys):
 def test_what_is_no_video(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(UserError, match="videos and cameras need PyAV; pip install av"):
-        infer.open_video("clip.mp4")
+        video.open_video("clip.mp4")
     monkeypatch.undo()
     pytest.importorskip("av")
     (tmp_path / "text.mp4").write_text("no video")
     with pytest.raises(UserError, match="text.mp4: can't be opened as a video"):
-        infer.open_video(str(tmp_path / "text.mp4"))
+        video.open_video(str(tmp_path / "text.mp4"))
     with pytest.raises(UserError, match="can't be opened as a camera"):
-        infer.open_video("93")
+        video.open_video("93")
 
 
 @pytest.mark.parametrize("length, side", [(100, 640), (640, 640), (641, 640), (4000, 640), (1500, 500)])

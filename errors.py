@@ -30,7 +30,10 @@ def writing(path, hint="", also=()):
         raise UserError(f"{path}: can't be written ({cause}){hint}") from None
 
 
-def run_script(main):
+LESS_MEMORY = "a smaller --image-size takes less; in training also a smaller --device-batch or --checkpoint-activations"
+
+
+def run_script(main, less_memory=LESS_MEMORY):
     """Calls a script's main; UserErrors and a full GPU end it in one line and status 2."""
     for stream in (sys.stdout, sys.stderr):  # file names may hold any bytes, consoles have any encoding
         if hasattr(stream, "reconfigure"):
@@ -48,11 +51,7 @@ def run_script(main):
     except Exception as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's; importing torch would slow every error down
             raise
-        print(
-            "error: the GPU's memory is full; a smaller --image-size takes less; in training also a smaller "
-            "--device-batch or --checkpoint-activations",
-            file=sys.stderr,
-        )
+        print(f"error: the GPU's memory is full; {less_memory}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

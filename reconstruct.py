@@ -292,4 +292,4 @@ def write_tracks(out, paths, found, frames):
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, less_memory="fewer images or a smaller --size take less")

@@ -27,7 +27,7 @@ import train
 from checkpoint import read_checkpoint, save_checkpoint, settings_of, write_atomically
 from detector import load
 from detr_model import build_model
-from errors import UserError
+from errors import UserError, run_script
 from layouts import load_splits
 from settings import DEFAULTS, Settings
 from transforms import read_image, train_transforms
@@ -211,6 +211,9 @@ def test_a_full_gpu_is_said_in_a_line(monkeypatch, capsys):
 
     status, _, error = called(full, [], monkeypatch, capsys)
     assert status == 2 and error.count("\n") == 1 and "--device-batch" in error
+    with pytest.raises(SystemExit):
+        run_script(full, "fewer images take less")
+    assert capsys.readouterr().err == "error: the GPU's memory is full; fewer images take less\n"
 
 
 # Numbers that go bad

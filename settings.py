@@ -167,7 +167,9 @@ class Settings:
     rotate: float = of_data(0.0, "DEG", "rotate by up to this many degrees (default 0)")
     plain_passes: int = of_data(8, "N", "passes over the data without augmentation, at the start (default 8)")
     plain_end: float = of_data(
-        0.0, "X", "fraction of the run without augmentation, at its end (default 0.15, at most two passes; ecdet: 0.03)"
+        0.0,
+        "X",
+        "fraction of the run without augmentation, at its end (default 0.15, at most two passes; ssd: 1; ecdet: 0.03)",
     )
     plain_end_passes: float = of_data(
         0.0, "N", "these are at most so many passes over the data (default 2; 0: no limit)"
@@ -347,6 +349,7 @@ ARCHITECTURE = (
     "detector size backbone pyramid layers patch_size hidden_dim num_heads ffn_dim encoder_layers decoder_layers"
 )
 ARCHITECTURE = (*ARCHITECTURE.split(), "scales", "attention", "num_denoising")
+AUGMENTATION = "augment", "color_jitter", "rotate", "mosaic", "plain_passes", "plain_end_passes"
 RESUMABLE = ("data", "large_images")  # what may be given with --resume: where the data is now
 QUERIES_ARE_WEIGHTS = ("detr-2020", "dino")  # elsewhere they are selected, as many as one likes
 POSITIVE = "batch_size accumulate device_batch image_size tile num_queries decoder_layers patch_size epochs steps"
@@ -550,9 +553,10 @@ def resolve_data(s, given, train):
     advice = None if s.tile else advise_tiles(train, s.image_size)
     if advice:
         print(f"hint: {advice}")
-    if not s.recipe and given.get("plain_end") is None:
-        s.plain_end = 0.15
-        s.plain_end_passes = given.get("plain_end_passes", 2.0)
+    if s.recipe == "default" and given.get("plain_end") is None:
+        s.plain_end, s.plain_end_passes = 0.15, given.get("plain_end_passes", 2.0)
+        if s.detector == "ssd" and not {*AUGMENTATION} & {*given}:  # it learns best from whole images
+            s.plain_end, s.plain_end_passes = 1.0, 0.0
     if s.recipe == "ecdet":
         published = ECDET[s.size or "s"]
         choose(s, "mosaic", round(published["mixed"] / published["epochs"], 4))

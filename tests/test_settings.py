@@ -9,6 +9,7 @@ import torch
 import distributed
 from errors import UserError
 from optim import build_optimizers, learning_rate_factor, update_ema
+from runs import augmentation_phase
 from settings import DEFAULTS, Settings, build_parser, resolve_settings
 from train import count_pieces
 
@@ -70,6 +71,22 @@ def test_it_scales_itself_to_small_data_and_says_so(capsys):
     assert all(
         f"{key}=" in said for key in ("lr", "backbone_lr", "warmup", "plain_end", "mosaic", "size", "batch_size")
     )
+
+
+def test_a_run_ends_with_whole_images(capsys):
+    """At most two passes, which every recipe but the published ones has; an SSD sees whole images all along."""
+
+    def end(**given):
+        s = resolve_settings({"data": "mine", "backbone": "ecvit-nano", "epochs": 30} | given, pictures(800))
+        return s.plain_end, s.plain_end_passes
+
+    assert end() == end(detector="dino") == end(detector="ecdet") == end(recipe="default") == (0.15, 2.0)
+    assert "plain_end=0.15, plain_end_passes=2.0" in capsys.readouterr().out
+    assert end(plain_end=0.3) == (0.3, 0.0) and end(plain_end_passes=4.0) == (0.15, 4.0) and end(plain_end=0.0)[0] == 0
+    assert end(recipe="meta") == end(recipe="dino") == (0.0, 0.0)
+    assert end(detector="ssd") == (1.0, 0.0) and end(detector="ssd", augment="strong") == (0.15, 2.0)
+    s = resolve_settings({"data": "mine", "backbone": "ecvit-nano", "detector": "ssd"}, pictures(800))
+    assert {augmentation_phase(passes, passes / 30, s) for passes in range(30)} == {"plain"}
 
 
 def test_from_random_weights_an_ecdet_takes_the_default_recipe():

@@ -234,8 +234,12 @@ def read_yolo_yaml(path):
     `points` is None unless `kpt_shape` says that the labels have any.
     """
     try:
-        data = yaml.safe_load(read_text(path))
-        names = class_names(data["names"])
+        text = read_text(path)
+        data = yaml.safe_load(text)
+        written = yaml.load(text, yaml.BaseLoader)["names"]  # no, 01, which are a boolean and a number otherwise
+        if isinstance(written, dict) and len(written) < len(data["names"]):
+            raise ValueError("the keys of names have to be numbers, each once")
+        names = class_names(written)
         if data.get("path"):
             require_string(data["path"])
         shape = data.get("kpt_shape")
@@ -262,8 +266,9 @@ def class_names(names):
     if isinstance(names, str):
         names = [names]
     if isinstance(names, dict):
-        if names and all(type(value) is int for value in names.values()):
-            names = dict(zip(names.values(), names)) if len(set(names.values())) == len(names) else {}
+        numbers = [value for value in names.values() if isinstance(value, str) and value.isdecimal()]
+        if not all(key.isdecimal() for key in names) and len(numbers) == len(names):
+            names = dict(zip(names.values(), names)) if len(set(numbers)) == len(names) else {}
         numbers = {class_number(key): name for key, name in names.items()}
         if not numbers or len(numbers) < len(names):
             raise ValueError("the keys of names have to be numbers, each once")
@@ -276,7 +281,7 @@ def class_names(names):
 
 def class_number(key):
     """A key of `names`, a number or the word for one -> int. Raises ValueError."""
-    number = int(key) if type(key) is int or isinstance(key, str) and key.isdecimal() else -1
+    number = int(key) if key.isdecimal() else -1
     if not 0 <= number < MOST_CLASSES:
         raise ValueError(f"{str(key)[:40]!r} in names is not the number of a class")
     return number
@@ -354,18 +359,24 @@ class DatasetWriter:
 
     def add(self, path, name, size, found):
         """An image's file, a name for its copy without suffix, its (width, height) and its detections."""
-        with writing(self.folder / "images" / f"{name}{path.suffix}"):
-            shutil.copy(path, self.folder / "images" / f"{name}{path.suffix}")
+        copy = self.folder / "images" / f"{name}{path.suffix}"
+        with writing(copy):
+            shutil.copy(path, copy)
         rows = list(zip(found["labels"].tolist(), found["boxes"].tolist()))
         if self.layout == "coco":
-            self.add_coco(f"{name}{path.suffix}", size, rows)
+            self.add_coco(copy.name, size, rows)
             return
         if self.layout == "yolo":
             target, text = self.labels / f"{name}.txt", yolo_text(size, rows)
         else:
-            target, text = self.labels / f"{name}.xml", voc_text(f"{name}{path.suffix}", size, rows, self.classes)
-        with writing(target):
-            target.write_text(text, encoding="utf-8")
+            target, text = self.labels / f"{name}.xml", voc_text(copy.name, size, rows, self.classes)
+        try:
+            with writing(target):
+                target.write_bytes(text.encode("utf-8", "replace"))  # file names may hold what is no character
+        except UserError:  # a full disk: an image without its labels would be background, half an XML stops training
+            target.unlink(missing_ok=True)
+            copy.unlink(missing_ok=True)
+            raise
 
     def add_coco(self, file_name, size, rows):
         image_id = len(self.images) + 1

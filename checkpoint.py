@@ -200,6 +200,9 @@ def check_settings(config, content):
     low, high = config.get("value_range") or (0, 1)
     if not -math.inf < low <= high < math.inf:
         raise ValueError("value_range is not from a number to a larger one")
+    height, width = config.get("common_size") or (1, 1)
+    if min(height, width) < 1 or not isinstance(config.get("trained_on"), str | None):
+        raise ValueError("common_size or trained_on is out of range")
 
 
 def check_thresholds(found):
@@ -255,6 +258,8 @@ def copy_classes(ours, theirs, groups, first, count, their_count, pairs):
 
 # A folder for the Hugging Face hub: model.safetensors, config.json with all else, and a model card
 
+FOLDER = "model.safetensors", "config.json", "README.md"
+FILE_SUFFIXES = {".pth", ".pt", ".ckpt", ".bin", ".onnx", ".pt2", ".safetensors"}
 MODEL_CARD = """---
 library_name: pytorch
 pipeline_tag: object-detection
@@ -274,16 +279,22 @@ detections = detector("photo.jpg")
 
 
 def write_folder(content, folder):
-    """Writes a checkpoint's dictionary as a folder for read_checkpoint and the Hugging Face hub. Raises UserError."""
+    """Writes a checkpoint's dictionary as a folder for read_checkpoint and the Hugging Face hub. Raises UserError.
+
+    What was written so before is overwritten; other files of these names are not.
+    """
     folder = Path(folder)
+    for name in () if is_ours(folder) else FOLDER:
+        if os.path.lexists(folder / name):
+            raise UserError(f"{folder / name}: would be overwritten; choose another folder")
     keys = [key for key in ("config", "classes", "category_ids", "figures", "thresholds") if key in content]
     rest = {"format": FORMAT} | {key: content[key] for key in keys}
     weights = {key: value.contiguous() for key, value in content["model"].items()}
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         (folder / "config.json").write_text(json.dumps(rest, indent=1), encoding="utf-8")
         (folder / "README.md").write_text(model_card(content), encoding="utf-8")
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def model_card(content):
@@ -321,7 +332,8 @@ def read_folder(folder):
 
 def fetch_folder(name):
     """USER/NAME on the hub -> the folder it is downloaded to, or None if the name can't be one. Raises UserError."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or Path(str(name)).suffix or Path(str(name)).parent.is_dir():
+    path = Path(str(name))  # such as me/bccd-v1.0
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or path.suffix in FILE_SUFFIXES or path.parent.is_dir():
         return None
     print(f"{name}: no such file or folder here; asking the Hugging Face hub for it")
     try:

@@ -45,7 +45,8 @@ def check(split, skip_bad_images=False):
     empty = sum(not len(r.boxes) for r in split.records)
     if empty:
         counts["images have no box (kept as background)"] = empty
-    split.remarks += [f"{count} {what}" for what, count in counts.items() if count]
+    split.repairs = {what: count for what, count in counts.items() if count}
+    split.remarks += [f"{count} {what}" for what, count in split.repairs.items()]
 
 
 def leave_out_unreadable(split, skip_bad_images):

@@ -122,8 +122,6 @@ def decoded_bytes(record, detail):
 # Tiles: windows of large images at their own resolution, for objects of a few pixels
 
 OVERLAP = 0.25  # of neighbouring tiles, as a fraction of their side
-ALIKE = 2  # bits of 64 in which the hashes of similar images differ at most
-SMALL = 16  # pixels of an object's side, the root of its area, with which it is hard to tell what it is
 VISIBLE = 0.4  # of an object's area: with less of it in a tile, it is none of the tile's objects
 
 
@@ -361,18 +359,37 @@ def fraction_within(values, low, high):
 def class_table(split, boxes):
     """A row for each class: its boxes, the images that have any, the side of a square of their area."""
     labels = np.concatenate([r.labels for r in split.records])
+    images = Counter(label for record in split.records for label in np.unique(record.labels).tolist())
     sides = np.sqrt(np.prod(boxes[:, 2:] - boxes[:, :2], axis=1))
     lines = [f"  {'class':24s} {'boxes':>8s} {'images':>8s}  side in pixels, min / median / max"]
     for label, name in enumerate(split.classes):
         of_class = labels == label
-        images = sum(label in r.labels for r in split.records)
-        lines.append(f"  {name[:24]:24s} {of_class.sum():8,d} {images:8,d}  {min_median_max(sides[of_class])}")
+        lines.append(f"  {name[:24]:24s} {of_class.sum():8,d} {images[label]:8,d}  {min_median_max(sides[of_class])}")
     return lines
+
+
+ALIKE = 2  # bits of 64 in which the hashes of similar images differ at most
+SMALL = 16  # pixels of an object's side, the root of its area, with which it is hard to tell what it is
+MANY_REPAIRS = 0.03
 
 
 def find_problems(train, val):
     """The suspicious findings in a dataset's two Splits, a line for each kind."""
-    return [*image_problems(train, val), *class_problems(train, val), *box_problems(train, val)]
+    kinds = repair_problems, image_problems, class_problems, box_problems
+    return [line for problems in kinds for line in problems(train, val)]
+
+
+def repair_problems(train, val):
+    """What had to be repaired or left out in more than a few images or boxes: annotations of other images, perhaps."""
+    lines = []
+    for split in (train, val):
+        boxes = sum(len(record.boxes) for record in split.records)
+        for what, count in split.repairs.items():
+            total = len(split.records) if what.startswith("images differ") else boxes
+            is_theirs = what.startswith(("images differ", "boxes", "empty"))
+            if is_theirs and count > MANY_REPAIRS * total:
+                lines.append(f"{split.name}: {count} {what}: do the annotations belong to these images?")
+    return lines
 
 
 def image_problems(train, val):

@@ -41,6 +41,8 @@ def load(source, device=None, image_size=None, threshold=None, tile=None, precis
     if Path(source).suffix in (".onnx", ".pt2"):
         if precision != "auto":
             raise UserError(f"--precision {precision}: {source} computes as it was exported; leave it out")
+        if device is not None:
+            raise UserError(f"--device {device}: {source} computes on what its runtime finds; leave it out")
         return ExportedDetector(source, threshold, tile, image_size)
     device = find_device(device)
     model, postprocess, content = load_detector(source, device)
@@ -98,7 +100,7 @@ class Detector:
             if self.tile is None:
                 results += detect(images)
             else:
-                results += [detect_in_tiles(detect, image, self.tile) for image in images]
+                results += [detect_in_tiles(detect, image, self.tile, self.lowest_scores()) for image in images]
         for detections in results:
             detections["names"] = [self.classes[label] for label in detections["labels"]]
         return results
@@ -232,18 +234,18 @@ def to_supervision(found):
 # Large images are cut into overlapping tiles, so that small objects keep their size; duplicates are merged.
 
 
-def detect_in_tiles(detect, image, side):
+def detect_in_tiles(detect, image, side, sure=None):
     """detect: [PIL images] -> [{"scores", "labels", "boxes"}]; image: PIL -> the same for the whole of it, best first.
 
-    side: of a tile, in pixels of the image.
+    side: of a tile, in pixels of the image; sure: see merge.
     """
     tiles = tiles_of(image.width, image.height, side)
     parts = [(None, detect([image])[0])] if len(tiles) > 1 else []
     parts += [(tile, detect([image.crop(tile)])[0]) for tile in tiles]
-    return join_tiles(parts, image.width, image.height, side)
+    return join_tiles(parts, image.width, image.height, side, sure)
 
 
-def join_tiles(parts, width, height, side):
+def join_tiles(parts, width, height, side, sure=None):
     """[(tile, detections in it)] of an image -> the detections in all of it, best first.
 
     An object that is no larger than the overlap of tiles is whole in at least one of them. Larger ones are also taken
@@ -263,7 +265,7 @@ def join_tiles(parts, width, height, side):
         found.append(detections)
         home.append(torch.full((len(detections["scores"]),), number))
     merged = {key: torch.cat([detections[key] for detections in found]) for key in found[0]}
-    keep = merge(merged, torch.cat(cut), torch.cat(home))
+    keep = merge(merged, torch.cat(cut), torch.cat(home), sure)
     keep = keep[merged["scores"][keep].argsort(descending=True, stable=True)]
     return {key: value[keep] for key, value in merged.items()}
 
@@ -281,14 +283,16 @@ def inner_borders(tile, width, height):
     )
 
 
-def merge(detections, cut, home, iou=0.5):
+def merge(detections, cut, home, sure=None, iou=0.5):
     """Class-wise non-maximum suppression between tiles, never within one -> indices of the detections that stay.
 
     cut (D,): whether the border of its tile cuts a box; home (D,): the number of its tile. Whole boxes come before cut
-    ones, whatever their scores.
+    ones, whatever their scores; but those that reach the `sure` score of their class (K,) come before all others, so
+    that these change nothing in them.
     """
-    boxes, labels = detections["boxes"], detections["labels"]
-    order = torch.argsort(detections["scores"] - 2.0 * cut, descending=True, stable=True)
+    boxes, labels, scores = detections["boxes"], detections["labels"], detections["scores"]
+    unsure = torch.zeros_like(cut) if sure is None else scores < sure[labels]
+    order = torch.argsort(scores - 2.0 * cut - 4.0 * unsure, descending=True, stable=True)
     kept = torch.zeros(len(boxes), dtype=torch.bool)
     for i in order.tolist():
         rivals = kept & (labels == labels[i]) & (home != home[i])

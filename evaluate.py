@@ -18,6 +18,7 @@ import time
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # operations that Apple's GPUs lack run on the CPU
@@ -28,11 +29,11 @@ from torchvision.ops import batched_nms
 import plots
 from checkpoint import data_of, load_detector
 from datasets import DetectionDataset, collate, cut_into_tiles, evaluation_batches
-from detector import join_tiles, load
+from detector import check_options, join_tiles, load
 from devices import PRECISIONS, ahead, autocast, choose_device, choose_precision
 from distributed import all_gather, broadcast, is_main_process, start_worker
 from errors import Offline, UserError, run_script, writing
-from layouts import LAYOUTS, load_splits
+from layouts import LAYOUTS, NoSuchSplit, load_splits
 from mistakes import (
     DEFAULT,
     DUPLICATE_IOU,
@@ -389,29 +390,56 @@ def build_parser():
 def load_run_splits(checkpoint, content, data=None, only_val=True, **options):
     """The data of a checkpoint's run, or other data -> [training Split, validation Split]; options: those of
     layouts.load_splits, and large_images. Raises UserError."""
-    config = content["config"]
+    config, trained_on = content["config"], content["config"].get("trained_on")
     of_run = {} if data else config  # these settings of the run say nothing about other data
-    data = data or data_of(config, Path(checkpoint).parent)
-    if data is None:
+    folder = data or data_of(config, Path(checkpoint).parent)
+    if folder is None:
         raise UserError(f"{checkpoint} does not say what data it was trained with; give --data DIR")
     allow_large_images(options.pop("large_images", False) or of_run.get("large_images", False))
-    splits = load_splits(
-        data,
-        options.get("train_split") or config.get("train_split"),
-        options.get("val_split") or config.get("val_split"),
-        options.get("skip_bad_images") or of_run.get("skip_bad_images", False),
-        options.get("layout") or of_run.get("layout"),
-        config.get("val_fraction"),
-        options.get("allow_outside") or of_run.get("allow_outside", False),
+    read = partial(
+        load_splits,
+        folder,
+        skip_bad_images=options.get("skip_bad_images") or of_run.get("skip_bad_images", False),
+        layout=options.get("layout") or of_run.get("layout"),
+        val_fraction=config.get("val_fraction"),
+        allow_outside=options.get("allow_outside") or of_run.get("allow_outside", False),
         only_val=only_val,
         classes=config.get("classes"),
         single_class=config.get("single_class", False),
+        trained_on=trained_on if data and only_val else None,
     )
-    for split in splits:
-        if split.classes != content["classes"]:
-            raise UserError(f"the data's classes {split.classes[:5]} are not the checkpoint's {content['classes'][:5]}")
+    asked = [options.get(key) for key in ("train_split", "val_split")]
+    try:
+        splits = read(asked[0] or config.get("train_split"), asked[1] or config.get("val_split"))
+    except NoSuchSplit:
+        if not data or any(asked):
+            raise
+        splits = read()  # other data, whose splits have other names than the run's
+    if not data and trained_on not in (None, splits[0].fingerprint):
+        print(f"warning: {folder}: the training images are no longer those of {checkpoint}; others may be among these")
+    for split in splits[1:] if only_val else splits:
+        match_classes(split, content, folder)
         split.value_range = config.get("value_range")
     return splits
+
+
+def match_classes(split, content, folder):
+    """Gives a Split the classes of a checkpoint, whose names are the same, in place. Raises UserError."""
+    names, known = split.classes, {name: label for label, name in enumerate(content["classes"])}
+    if names == content["classes"]:
+        return
+    used = sorted({int(label) for record in split.records for label in record.labels})
+    unknown = [names[label] for label in used if names[label] not in known]
+    if unknown or len(known) < len(content["classes"]) or len(set(names)) < len(names):
+        unknown = unknown or names
+        raise UserError(
+            f"{folder}: its classes are not those of the checkpoint; it has {', '.join(unknown[:10])}, "
+            f"the checkpoint {', '.join(content['classes'][:10])}"
+        )
+    new_labels = np.array([known.get(name, -1) for name in names])
+    for record in split.records:
+        record.labels = new_labels[record.labels]
+    split.classes, split.category_ids = content["classes"], content["category_ids"]
 
 
 def load_split(arguments, content):
@@ -496,12 +524,16 @@ def main():
         raise UserError(
             f"--layout {arguments.layout}: is for --data; the run's own data is read as it was for training"
         )
+    check_options(arguments.image_size, None)
+    if arguments.batch_size is not None and arguments.batch_size < 1:
+        raise UserError(f"--batch-size {arguments.batch_size}: has to be at least 1")
     device = choose_device()
     if Path(arguments.checkpoint).suffix in (".onnx", ".pt2"):
         split, figures, curves, found = evaluate_exported(arguments)
     else:
         split, figures, curves, found = evaluate_checkpoint(arguments, device)
 
+    print("\n".join(split.describe()))
     remark = crowding(split)
     if remark:
         print(remark)

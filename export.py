@@ -2,7 +2,7 @@
 
 ONNX needs: pip install onnx onnxscript onnxruntime.
 
-    python export.py runs/mine/best.pth --image photo.jpg              runs/mine/best.onnx
+    python export.py runs/mine/best.pth                                runs/mine/best.onnx
     python export.py runs/mine/best.pth --int8                         runs/mine/best.int8.onnx too, a third as large
     python export.py ecdet_s.pth --format torch                        ecdet_s.pt2
     python infer.py photo.jpg --checkpoint runs/mine/best.onnx
@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 from checkpoint import load_detector
@@ -33,10 +34,11 @@ from devices import seconds_of
 from errors import Offline, UserError, run_script, writing
 from evaluate import evaluate_one_by_one, load_run_splits
 from quantize import to_half, to_int8
-from transforms import MEAN, STD, allow_large_images, read_image
+from transforms import MEAN, STD, allow_large_images, longest_side, read_image, resized_sides
 from weights import first_line
 
-OF_DATA = ("train_split", "val_split", "val_fraction", "classes", "single_class")  # how the run's data was read
+# How the run's data was read
+OF_DATA = ("train_split", "val_split", "val_fraction", "classes", "single_class", "trained_on")
 CALIBRATION_IMAGES = 100
 SCORES_WITHIN, BOXES_WITHIN = 1e-3, 0.5  # how far an exported detection may be off: in score, and in pixels
 
@@ -49,7 +51,8 @@ def parse_arguments():
         "--image",
         "--picture",
         metavar="FILE",
-        help="decides the size, and is the image that the file is checked with (default: one of the demo's)",
+        help="decides the size, and is the image that the file is checked with (default: a drawing of the shape that "
+        "most training images have)",
     )
     parser.add_argument(
         "--image-size",
@@ -86,10 +89,15 @@ def main():
         )
     suffix, trace, save = FORMATS[arguments.format]
     splits = load_data(arguments, content)
-    out = Path(arguments.out or Path(arguments.checkpoint).with_suffix(suffix))
-    source = arguments.image or draw_picture(np.random.default_rng(0))[0]
-    image = to_image(source, content["config"].get("value_range"))
+    out = Path(arguments.out or default_output(arguments.checkpoint, suffix))
+    if splits and out.suffix != suffix:
+        raise UserError(f"--out {out}: has to end in {suffix} for --int8 and --half")
+    image = to_image(arguments.image or drawn_image(content["config"]), content["config"].get("value_range"))
     divisor = model.backbone.size_divisor
+    if arguments.any_size and arguments.image_size:
+        raise UserError(
+            "--any-size: takes images of the size that the network was trained with; leave out --image-size"
+        )
     height, width = arguments.image_size or canvas_size(image, content["config"], divisor)
     if height % divisor or width % divisor or min(height, width) < 1:
         raise UserError(f"--image-size {height} {width}: both have to be multiples of {divisor}")
@@ -111,12 +119,31 @@ def main():
     exported, score, pixels = write_checked(partial(save, program, metadata), graph, batches, out, suffix)
 
     size = "any size" if arguments.any_size else f"{height}x{width}"
+    if not (arguments.any_size or arguments.image or arguments.image_size or metadata["square"]):
+        shape = "most training images have" if content["config"].get("common_size") else "a square has"
+        print(f"for the shape that {shape}; others are made to fit: --image takes a photo's shape, --any-size all")
     print(f"{out}: {size}; differs from PyTorch by {score:.1e} in score and {pixels:.1e} pixels at most")
     calls = [partial(exported.run, images[:1]), partial(graph, images[:1])]
     theirs, ours = (1000 * statistics.median(seconds) for seconds in seconds_of(calls, 10))
     print(f"one image of {height}x{width}: {theirs:.1f} ms, PyTorch {ours:.1f} ms")
     if splits:
         write_smaller(arguments, out, metadata, *splits)
+
+
+def drawn_image(config):
+    """-> PIL image, one of the demo's, of the shape that most training images have; a square if that is not known."""
+    size, common = config["image_size"], config.get("common_size") or (1, 1)
+    height, width = resized_sides(*common, size, longest_side(size))
+    return Image.fromarray(draw_picture(np.random.default_rng(0))[0]).resize((width, height))
+
+
+def default_output(checkpoint, suffix):
+    """A file, a folder or a name on the hub -> the path of the exported file: next to it, or here."""
+    path = Path(checkpoint)
+    if path.is_file():
+        return path.with_suffix(suffix)
+    path = path.resolve() if path.is_dir() else Path(path.name)
+    return path.with_name(path.name + suffix)
 
 
 def load_data(arguments, content):

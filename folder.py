@@ -18,14 +18,22 @@ from transforms import IMAGE_SUFFIXES
 
 MOST_FILES = 2_000_000
 MOST_LOOKED_INTO = 64  # files, to detect a layout
+CROWDED = 64  # files of one name: to compare all of them for each annotation would take hours
 # In the name of a split's folder or file: train2017, valid, my_test; but not in trains, values, latest
-PART = re.compile(r"(?<![a-z])(train|val|test)(?:val|ing|id|idation|set|data|images)?(?![a-z])")
+PART = re.compile(r"(?<![a-z])(train|val|test)(?:ing|id|idation|set|data|images)?(?![a-z])")
+BOTH = re.compile(r"(?<![a-z])train[_-]?val(?![a-z])")
+# The last folder of images that are annotations themselves, such as annotations/trimaps
+MASKS = re.compile(r"trimap|mask|segm|^(annotations?|labels?|gt|ground.?truth|panoptic|semantic|instances?|depth)$")
 by_path = attrgetter("folders", "file")
 
 
 def parts_of(names):
-    """The kinds of split that the names of some folders or files tell: train, val, test."""
-    return [match[1] for match in (PART.search(name.lower()) for name in names) if match]
+    """The kinds of split that the names of some folders or files tell: train, val, test; trainval is both."""
+    kinds = []
+    for name in map(str.lower, names):
+        match = PART.search(name)
+        kinds += ["train", "val"] if BOTH.search(name) else [match[1]] if match else []
+    return kinds
 
 
 class Place(NamedTuple):
@@ -47,6 +55,8 @@ class Folder:
     def __init__(self, root, home):
         self.root, self.home = root, home
         self.by_stem = defaultdict(list)  # {stem: [Place]}
+        self.by_end = defaultdict(list)  # {(last folder, stem) or (folders but the last, "beside", stem): [Place]}
+        self.image_folders, self.with_images = set(), {}  # {kinds of split: see has_part}
         self.moved = {}  # {file: path in an annotation} of those that lie elsewhere
         self.closed = []  # folders that are not looked into
         top = os.path.realpath(root)
@@ -71,7 +81,12 @@ class Folder:
                 elif entry.is_file():
                     *more, name = normal(entry.name).split("\\")  # as an archive from Windows is unpacked elsewhere
                     stem, suffix = os.path.splitext(name)
-                    self.by_stem[stem].append(Place((*folders, *more), stem, suffix.lower(), entry.path))
+                    place = Place((*folders, *more), stem, suffix.lower(), entry.path)
+                    self.by_stem[stem].append(place)
+                    self.by_end[place.folders[-1:], stem].append(place)
+                    self.by_end[place.folders[:-1], "beside", stem].append(place)
+                    if place.suffix in IMAGE_SUFFIXES:
+                        self.image_folders.add(place.folders)
 
     def entries(self, path):
         """The entries of a folder in the order of their names, without hidden ones, macOS's archives, broken links."""
@@ -89,7 +104,31 @@ class Folder:
 
     def images(self, stem):
         """The images of a name, whatever their suffix."""
-        return [place for place in self.by_stem.get(normal(stem), ()) if place.suffix in IMAGE_SUFFIXES]
+        return self.named(normal(stem), IMAGE_SUFFIXES)
+
+    def named(self, stem, suffixes, folders=(), near=()):
+        """The Places of a name with one of some suffixes.
+
+        Of very many, those in a folder that is called like the last of `folders`, or else those next to the folder
+        `near`, if there are any.
+        """
+        every = self.by_stem.get(stem, ())
+        keys = ((tuple(folders)[-1:], stem), (tuple(near)[:-1], "beside", stem)) if len(every) > CROWDED else ()
+        for places in (*(self.by_end.get(key, ()) for key in keys), every):
+            found = [place for place in places if place.suffix in suffixes]
+            if found:
+                return found
+        return []
+
+    def own(self, path):
+        """A path -> the same below the dataset's folder as it was given, if it lies in it: one image has one path."""
+        if str(path).startswith(str(self.root) + os.sep):
+            return path
+        for real in (os.path.abspath, os.path.realpath):
+            top, full = real(self.root).rstrip(os.sep) + os.sep, real(path)
+            if full.startswith(top):
+                return self.root / full[len(top) :]
+        return path
 
     def find(self, text, **where):
         """The file or folder/ that a path in an annotation means -> Path, or None if there is none. Raises UserError.
@@ -100,7 +139,7 @@ class Folder:
         for spelled in dict.fromkeys((normal(text), normal(unquote(text)))):
             *folders, name = [name for name in re.split(r"[/\\]+", spelled) if name not in ("", ".")] or [""]
             stem, suffix = (name + "/", "") if spelled.endswith("/") else os.path.splitext(name)
-            places = [place for place in self.by_stem.get(stem, ()) if place.suffix == suffix.lower()]
+            places = self.named(stem, {suffix.lower()}, folders, where.get("near", ()))
             place = self.nearest(places, folders, text, **where)
             if place and place.folders[len(place.folders) - len(folders) :] == tuple(folders):
                 return Path(place.file)
@@ -117,22 +156,24 @@ class Folder:
     def nearest(self, places, folders, text, near=(), parts=(), split=None):
         """The Place among some of one name that fits best, or None. Raises UserError if two fit equally well.
 
-        It shares most folders at its end with `folders`; then it lies in the folder of its split, by its name `split`
-        or its kind, one of `parts`; then nearest to the folders `near`; then in images/. What lies in a folder of
-        another kind of split fits only if `folders` names that.
+        It is no mask; then it shares most folders at its end with `folders`; then it lies in the folder of its split,
+        by its name `split` or its kind, one of `parts`; then nearest to the folders `near`; then in images/. What lies
+        in a folder of another kind of split fits only if `folders` names that, or no image lies in one of its own kind.
         """
-        ranks = []
+        ranks, near, has_own = [], tuple(near), self.has_part(parts) or any(p.stem.endswith("/") for p in places)
         homes = [tuple(folders), ("images", *folders), (*near, *folders), (*near, "images", *folders)]
         for place in places:
             shared = len(os.path.commonprefix([place.folders[::-1], tuple(folders)[::-1]]))
             others = {*parts_of(place.folders[: len(place.folders) - shared])} if parts else ()
-            is_own = 2 if split in place.folders else len(others & {*parts}) if others else 0
-            if others and not is_own:
+            is_own = 2 if split in place.folders else int(bool(others & {*parts})) if others else 0
+            if others and not is_own and has_own:
                 continue
-            near_by = len(os.path.commonprefix([place.folders, tuple(near)]))
+            is_meant = (shared or place.folders == near) and all(other.suffix == place.suffix for other in places)
+            is_photo = bool(is_meant) or not in_masks(place)
+            near_by = len(os.path.commonprefix([place.folders, near]))
             plain = homes.index(place.folders) if place.folders in homes else -1
             in_images = place.folders[-1:] in (("images",), ("JPEGImages",))
-            ranks.append(((shared, is_own, near_by, plain, in_images), place))
+            ranks.append(((is_photo, shared, is_own, near_by, plain, in_images), place))
         ranks.sort(key=itemgetter(0), reverse=True)
         if len(ranks) > 1 and ranks[0][0] == ranks[1][0]:
             raise UserError(
@@ -140,6 +181,13 @@ class Folder:
                 "leave one of them, or name its folder in the annotations"
             )
         return ranks[0][1] if ranks else None
+
+    def has_part(self, parts):
+        """Whether images lie in a folder of one of some kinds of split."""
+        key = tuple(parts)
+        if key not in self.with_images:
+            self.with_images[key] = any({*parts} & {*parts_of(folders)} for folders in self.image_folders)
+        return self.with_images[key]
 
     def locate(self, text, folders, **where):
         """The file that a path in an annotation means -> Path: in one of `folders`, or else where `find` finds it.
@@ -150,7 +198,7 @@ class Folder:
         top = os.path.abspath(self.home or os.sep).rstrip(os.sep) + os.sep
         is_plain = exists is not None and (exists == folders[0] / text or ".." in text)
         if is_plain and os.path.abspath(exists).startswith(top):
-            return Path(os.path.normpath(exists))
+            return Path(os.path.normpath(self.own(exists)))
         return self.find(text, **where) or exists or folders[0] / text.lstrip(os.sep)
 
     def match(self, suffix):
@@ -162,7 +210,8 @@ class Folder:
         pairs = []
         for place in self.places({suffix}):
             where = {"near": place.folders, "parts": parts_of(place.folders)}
-            pairs.append((place, self.nearest(self.images(place.stem), place.folders, place.file, **where)))
+            images = self.named(place.stem, IMAGE_SUFFIXES, place.folders, place.folders)
+            pairs.append((place, self.nearest(images, place.folders, place.file, **where)))
         beside = {place.folders for place, image in pairs if image and image.folders == place.folders}
         matched, unmatched = {}, []
         for place, image in pairs:
@@ -182,6 +231,11 @@ class Folder:
         except UserError:
             return False
         return all(word in content for word in words)
+
+
+def in_masks(place):
+    """Whether an image lies in a folder of masks: the last one whose name tells no split."""
+    return bool(MASKS.search(next((name.lower() for name in reversed(place.folders) if not parts_of([name])), "")))
 
 
 def normal(name):

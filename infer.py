@@ -139,27 +139,34 @@ def find_files(arguments):
     """Files, folders, patterns and numbers of cameras -> paths, each once, in order. Raises UserError."""
     paths = []
     for argument in arguments:
-        path = Path(argument)
-        if path.is_dir():
-            suffixes = IMAGE_SUFFIXES | VIDEO_SUFFIXES
-            files = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
-            inside = [p for p in files if p.suffix.lower() in suffixes]
-            if not inside:
-                raise UserError(f"{path}: no images or videos in this folder ({', '.join(sorted(suffixes))})")
-            if len(inside) < len(files):
-                print(f"{path}: {len(files) - len(inside)} of {len(files)} files are neither images nor videos")
-            paths += inside
-        elif path.is_file() or argument.isdigit():
-            paths.append(path)
-        else:
-            matches = sorted(Path(p) for p in glob.glob(argument, recursive=True))
-            if not matches:
-                raise UserError(f"{argument}: no such image, video, folder or pattern")
-            files = [p for p in matches if p.is_file()]
-            if not files:
-                raise UserError(f"{argument}: matches folders only; name the folder, or the files in it")
-            paths += files
+        try:
+            paths += files_of(argument)
+        except OSError as error:  # no permission, a name that is too long
+            raise UserError(f"{argument[:200]}: can't be opened ({error.strerror})") from None
     return list(dict.fromkeys(paths))
+
+
+def files_of(argument):
+    """An argument of find_files -> paths. Raises UserError and OSError."""
+    path = Path(argument)
+    if path.is_file() or argument.isdigit():
+        return [path]
+    if not path.is_dir():
+        matches = sorted(Path(p) for p in glob.glob(argument, recursive=True))
+        if not matches:
+            raise UserError(f"{argument}: no such image, video, folder or pattern")
+        files = [p for p in matches if p.is_file()]
+        if not files:
+            raise UserError(f"{argument}: matches folders only; name the folder, or the files in it")
+        return files
+    files = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
+    suffixes = IMAGE_SUFFIXES | VIDEO_SUFFIXES
+    inside = [p for p in files if p.suffix.lower() in suffixes]
+    if not inside:
+        raise UserError(f"{path}: no images or videos in this folder ({', '.join(sorted(suffixes))})")
+    if len(inside) < len(files):
+        print(f"{path}: {len(files) - len(inside)} of {len(files)} files are neither images nor videos")
+    return inside
 
 
 def newest_checkpoint():
@@ -254,7 +261,9 @@ def detect_together(images, detector, least_sure):
 
     least_sure: detections down to the scores that mistakes.doubt takes, not only those that are written.
     """
-    options = {"threshold": detector.threshold / 4} if least_sure else {}
+    options = {}
+    if least_sure:
+        options = {"threshold": min(detector.threshold / 4, float(detector.lowest_scores().min()))}
     real = [image for image in images if isinstance(image, Image.Image)]
     try:
         found = iter([detector(real[0], **options)] if len(real) == 1 else detector(real, **options) if real else [])
@@ -398,7 +407,8 @@ def detect_in_frames(path, name, out, detector, results):
     frames, seconds, trouble = detect_in_video(str(path), detector, out, report)
     speeds = ", ".join(f"{step} {frames / max(spent, 1e-9):.1f}" for step, spent in seconds.items())
     ending = f"; {trouble}" if trouble else ""
-    print(f"  {path.name:30s} {frames} frames; frames/s: {speeds}, all {frames / sum(seconds.values()):.1f}{ending}")
+    overall = frames / max(sum(seconds.values()), 1e-9)  # Ctrl-C may come before the first frame
+    print(f"  {path.name:30s} {frames} frames; frames/s: {speeds}, all {overall:.1f}{ending}")
     stopped = trouble is not None and trouble.startswith(STOPPED)
     if stopped and not is_camera(path):
         raise KeyboardInterrupt

@@ -4,10 +4,13 @@ Layouts: COCO, Pascal VOC and YOLO, as their authors, the tools that export them
 `Folder` lists all files once. The annotations are found in it, read by annotations.py, and matched with their images.
 """
 
+import hashlib
+import json
 import os
 import re
 from collections import defaultdict
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +21,7 @@ from annotations import (
     read_coco_json,
     read_darknet_data,
     read_lines,
+    read_text,
     read_voc_file,
     read_yolo_labels,
     read_yolo_yaml,
@@ -26,12 +30,16 @@ from annotations import (
 )
 from checks import check
 from errors import UserError
-from folder import MOST_LOOKED_INTO, Folder, count_paths, depth, listing, parts_of
+from folder import MOST_LOOKED_INTO, Folder, count_paths, depth, in_masks, listing, normal, parts_of
 from transforms import CLOSED_SUFFIXES, IMAGE_SUFFIXES
 
 VAL_FRACTION = 0.2  # of a dataset that has one part only
 BACKGROUND = "images have no annotation file and are taken as background"
 NO_IMAGE = "annotation files have no image and are left out"
+
+
+class NoSuchSplit(UserError):
+    """The dataset has no split of a name that was asked for."""
 
 
 @dataclass
@@ -71,6 +79,14 @@ class Split:
     value_range: tuple | None = None  # of images with more than 8 bits, see transforms.common_range
     whole: "Split | None" = None  # what this Split holds the tiles of, see datasets.cut_into_tiles
     side: int | None = None  # of these tiles
+    fingerprint: str | None = None  # of a training split, see fingerprint
+    repairs: dict = field(default_factory=dict)  # {what checks.py repaired or left out: how often}
+
+    def describe(self):
+        """-> lines: what it holds, and its remarks."""
+        boxes = sum(int((~record.ignored).sum()) for record in self.records)
+        counts = f"{len(self.records):,} images, {boxes:,} boxes, {len(self.classes)} classes"
+        return [f"{self.name}: {counts}", *(f"  {self.name}: {remark}" for remark in self.remarks)]
 
     @property
     def most_objects(self):
@@ -96,6 +112,7 @@ def load_splits(
     only_val=False,
     classes=None,
     single_class=False,
+    trained_on=None,
 ):
     """Reads and checks the dataset in a folder -> [training Split, validation Split]. Raises UserError.
 
@@ -107,6 +124,8 @@ def load_splits(
     allow_outside: files may lie outside of the folder, through links, `..` or absolute paths.
     only_val: no training image is opened; the training annotations only give the classes.
     classes: "a,b", those to keep; single_class: all of them become one, "object".
+    trained_on: the fingerprint of the images that a detector was trained on: other images that have one part only are
+        not divided, all of them are the validation split.
 
     Prints the layout and what belongs to no split.
     """
@@ -118,9 +137,10 @@ def load_splits(
     layout = FORMER_NAMES.get(layout, layout) or detect_layout(folder)
     splits = LAYOUTS[layout](folder, train_split, val_split)
     if len(splits) == 1 and val_split:
-        raise UserError(f"{root}: one part has all images; leave out --val-split {val_split}, or use --val-fraction")
+        raise NoSuchSplit(f"{root}: one part has all images; leave out --val-split {val_split}, or use --val-fraction")
     if len(splits) == 1:
-        splits = divide(splits[0], VAL_FRACTION if val_fraction is None else val_fraction, root)
+        splits = divide(splits[0], VAL_FRACTION if val_fraction is None else val_fraction, root, trained_on)
+    splits[0].fingerprint = fingerprint(splits[0].records)
     leftover = leftovers(folder, splits)
     for split in splits:
         choose_classes(split, classes, single_class, root)
@@ -173,19 +193,30 @@ def choose_classes(split, classes, single_class, root):
         split.remarks.append(f"{left_out} boxes of other classes are left out (--classes)")
 
 
-def divide(whole, val_fraction, root):
-    """The one Split of a dataset -> [Split, Split], val_fraction of its images in the second. Raises UserError."""
+def divide(whole, val_fraction, root, trained_on=None):
+    """The one Split of a dataset -> [Split, Split], val_fraction of its images in the second. Raises UserError.
+
+    trained_on: see load_splits.
+    """
     total = len(whole.records)
     val_count = round(val_fraction * total)
-    if not 0 < val_count < total:
-        raise UserError(f"{root}: --val-fraction {val_fraction} of {total} images leaves a split without any")
     order = np.random.default_rng(0).permutation(total)  # a fixed seed: every run gets the same split
     remark = (
         f"{whole.name} is split with a fixed seed: {total - val_count} images to train on, {val_count} to evaluate on "
         "(--val-fraction)"
     )
     train = subset(whole, "train", order[val_count:], [*whole.remarks, remark])
+    if trained_on is not None and fingerprint(train.records) != trained_on:
+        return [subset(whole, "train", [], []), whole]
+    if not 0 < val_count < total:
+        raise UserError(f"{root}: --val-fraction {val_fraction} of {total} images leaves a split without any")
     return [train, subset(whole, "val", order[:val_count], [])]
+
+
+def fingerprint(records):
+    """-> a short text that tells the images of some Records from others, by the names of their files."""
+    names = sorted({record.path.name for record in records})
+    return hashlib.sha256(os.fsencode("\n".join(names))).hexdigest()[:16]
 
 
 def subset(split, name, indices, remarks):
@@ -235,38 +266,78 @@ def images_of_splits(folder, annotations, train, val):
         )
     words = [train or "train", *([val] if val else ("val", "test"))]
     listed, groups = split_lists(folder, words), defaultdict(list)
-    for image in images:
-        places = [place for place in (image, annotations.get(image)) if place]
-        names = [name for place in places for name in reversed(place.folders)]
-        if listed:
-            names = [word for word in words if image.stem in listed.get(word, ())]
-        told = ((word, name) for name in names for word in words if tells(name, word, (train, val)))
-        word, name = next(told, (None, None))
+    if listed:
+        told = [next(((word, word) for word in words if image in listed.get(word, ())), None) for image in images]
+    else:
+        told = told_by_folders([(image, annotations.get(image)) for image in images], words, (train, val))
+    for image, found in zip(images, told):
+        word, name = found or (None, None)
         groups[word].append((name, Path(image.file)))
     if groups.keys() == {None} and not train and not val:
         return [(folder.root.name, [path for _, path in groups[None]])]
     chosen = [words[0], next((word for word in words[1:] if groups[word]), None)]
     for word in (words[0], val):
         if word and not groups[word]:
-            raise UserError(f"{folder.root}: no folder for '{word}'; found: {listing(folder.root)}")
+            raise NoSuchSplit(f"{folder.root}: no folder for '{word}'; found: {listing(folder.root)}")
     return [(groups[word][0][0], [path for _, path in groups[word]]) for word in chosen if word]
 
 
-def tells(name, word, given):
-    """Whether the name of a folder says that it holds the split `word`; given: words that the user chose."""
-    return name.lower().startswith(word.lower()) and (word in given or bool(parts_of([name])))
+def told_by_folders(pairs, words, given):
+    """[(image Place, annotation Place or None)] -> for each (split word, name of the folder that tells it), or None.
+
+    Of an image's folders, or else its annotation's, the one that tells it most clearly counts. Of several, the
+    outermost, if these differ between the images (val/train/a.jpg may be a class called train), or else the innermost.
+    given: the words that the user chose.
+    """
+    clear = []
+    for places in pairs:
+        told = []
+        for place in places:
+            told = told or [clarity(name, words, given) for name in (place.folders if place else ())]
+            told = [entry for entry in told if entry[0]]
+        best = max((entry[0] for entry in told), default=0)
+        clear.append([entry for entry in told if entry[0] == best])
+    if len({word for told in clear for _, word, _ in told}) < 2:  # a single name such as bullet_train says nothing
+        clear = [[entry for entry in told if entry[0] > 1] for told in clear]
+    outermost = {told[0][1] for told in clear if told}
+    return [(told[0] if len(outermost) > 1 else told[-1])[1:] if told else None for told in clear]
+
+
+def clarity(name, words, given):
+    """How clearly the name of a folder says which split it holds -> 3 train2017, 2 train_images, 1 my_train or 0, the
+    split's word, the name.
+
+    One that the user gave has to begin the name.
+    """
+    lower, kinds, found = name.lower(), parts_of([name]), (0, None, name)
+    for word in words:
+        if word in given:
+            grade = 3 if lower == word.lower() else 2 * lower.startswith(word.lower())
+        else:
+            grade = (3 if re.fullmatch(r"[a-z]+\d*", lower) else 2 if lower.startswith(word) else 1) * (word in kinds)
+        found = max(found, (grade, word, name), key=itemgetter(0))  # the first of those that are as clear
+    return found
 
 
 def split_lists(folder, words):
-    """Text files such as train.txt that list images -> {word: the stems of these images}; empty unless two do."""
+    """Text files such as train.txt that list images -> {word: the Places of these images}; empty unless two do."""
     listed = {}
     for place in folder.places({".txt"}):
         if place.stem.lower() in words and not looks_like_labels(place, folder.home):
-            lines = read_lines(Path(place.file))
-            stems = {stem for line in lines for stem in (VOC_LINE.fullmatch(line)[2], line.split()[0])}
-            if any(folder.images(stem) for stem in stems):
-                listed[place.stem.lower()] = stems
+            images = {image for line in read_lines(Path(place.file)) for image in listed_images(folder, line)}
+            if images:
+                listed[place.stem.lower()] = images
     return listed if len(listed) > 1 else {}
+
+
+def listed_images(folder, line):
+    """The images that a line of a list means: those of its name that share most folders with it."""
+    places = []
+    for text in dict.fromkeys((VOC_LINE.fullmatch(line)[2], line.split()[0])):
+        places = places or folder.images(text)
+    folders = tuple(re.split(r"[/\\]+", VOC_LINE.fullmatch(line)[1] or "")[-2::-1])
+    shared = [len(os.path.commonprefix([place.folders[::-1], folders])) for place in places]
+    return [place for place, count in zip(places, shared) if count == max(shared)]
 
 
 def build_splits(folder, sources, read, classes_of, is_relative=False):
@@ -310,6 +381,17 @@ def coco_files(folder):
     return [place for place in named if place.folders[-1:] == ("annotations",) or place.stem + ".json" == ROBOFLOW_FILE]
 
 
+def is_unlabelled(place, folder):
+    """Whether a JSON file, which is not broken, has no annotations: a test set, or detections."""
+    if folder.mentions(place, (b'"annotations"', b'"bbox"')):
+        return False
+    try:
+        content = json.loads(read_text(Path(place.file)))
+    except (UserError, ValueError, RecursionError):
+        return False
+    return not isinstance(content, dict) or not content.get("annotations")
+
+
 def coco_words(place):
     """The part of a COCO file's path that tells its split: its folder and name, or else a folder further out."""
     words = [*place.folders[-1:], place.stem]
@@ -321,8 +403,11 @@ def coco_words(place):
 def read_coco(folder, train=None, val=None):
     """A COCO file for each split -> [Split, Split], or one for all images -> [Split]. Raises UserError."""
     files, (train_words, val_words) = coco_files(folder), split_names(train, val)
+    unlabelled = [] if val or len(files) == 1 else [place for place in files if is_unlabelled(place, folder)]
+    files = [place for place in files if place not in unlabelled] or files
     if len(files) == 1 and not train:
         splits = [read_coco_file(files[0], folder)]
+        splits[0].remarks += count_paths([place.file for place in unlabelled], "JSON files have no annotations")
         leave_out_umbrella(splits)
         return splits
     first = choose_coco_file(folder, files, train_words)
@@ -341,7 +426,7 @@ def choose_coco_file(folder, files, words):
     for word in words:
         matches = matches or [place for place in files if word.lower() in coco_words(place)]
     if not matches:
-        raise UserError(
+        raise NoSuchSplit(
             f"{folder.root}: no annotations for '{words[0]}'. Looked for a COCO *.json with {words[0]} in its name or "
             f"in its folder's; --train-split and --val-split take other words. Found: {listing(folder.root)}"
         )
@@ -464,12 +549,14 @@ def read_voc(folder, train=None, val=None):
 
 
 def refuse_mixed(folder, images):
-    """Raises UserError if one of some images without XML has YOLO's labels beside it."""
+    """Raises UserError if one of some images without XML has YOLO's labels."""
     for image in images:
-        for place in folder.by_stem.get(image.stem, ()):
-            is_beside = place.suffix == ".txt" and Path(place.file).parent == image.parent
-            if is_beside and looks_like_labels(place, folder.home):
-                raise UserError(f"{image}: has no XML as others do, but {place.file}; use one format for all images")
+        for place in folder.named(normal(image.stem), {".txt"}):
+            if looks_like_labels(place, folder.home):
+                raise UserError(
+                    f"{image}: has no XML as others do, but {place.file}; use one format for all images "
+                    "(--layout yolo or voc takes one of them)"
+                )
 
 
 def voc_lists(folder, train, val):
@@ -483,27 +570,30 @@ def voc_lists(folder, train, val):
         return []
     if train is None:
         train = "trainval" if {"trainval", "test"} <= names else "train"
-        if len(names) == 1 and parts_of(names) in ([], ["train"]):
+        if len(names) == 1 and parts_of(names)[:1] in ([], ["train"]):
             train = min(names)
     if val is None and names != {train}:
-        val = "test" if train == "trainval" else "val"
+        val = "test" if train == "trainval" or "val" not in names and "test" in names else "val"
     sources = []
     for name in (train, val) if val else (train,):
         if name not in names and devkits:
             there = ", ".join(sorted(names)) or "no lists"
-            raise UserError(f"{folder.root}/ImageSets/Main/{name}.txt is missing; there are: {there}")
+            raise NoSuchSplit(f"{folder.root}/ImageSets/Main/{name}.txt is missing; there are: {there}")
         if name in names:
-            sources.append((name, [pair for devkit in devkits for pair in voc_pairs(devkit, name, folder.home)]))
+            sources.append((name, [pair for devkit in devkits for pair in voc_pairs(devkit, name, folder)]))
     return sources
 
 
-def voc_pairs(devkit, name, home):
-    """The images of a split in one devkit -> [(image path, XML path or None)], empty without a list of that name."""
-    path = devkit / "ImageSets" / "Main" / f"{name}.txt"
-    require_inside(home, [path])
-    folder, annotations = devkit / "JPEGImages", devkit / "Annotations"
-    images, xmls = files_by_name(folder, IMAGE_SUFFIXES), files_by_name(annotations, {".xml"})
-    pairs = []
+def voc_pairs(devkit, split, folder):
+    """The images of a split in one devkit -> [(image path, XML path or None)], empty without a list of that name.
+
+    They lie in its JPEGImages and Annotations. Where one of these has none of them, the nearest file of a name counts.
+    """
+    path = devkit / "ImageSets" / "Main" / f"{split}.txt"
+    require_inside(folder.home, [path])
+    photos, annotations = devkit / "JPEGImages", devkit / "Annotations"
+    images, xmls = files_by_name(photos, IMAGE_SUFFIXES), files_by_name(annotations, {".xml"})
+    stems, pairs = [], []
     for line in read_lines(path) if path.exists() else []:
         folders, stem, suffix = (part or "" for part in VOC_LINE.fullmatch(line).groups())
         names = [line, (folders + stem).replace("\\", "/"), stem]
@@ -512,11 +602,30 @@ def voc_pairs(devkit, name, home):
         if len(found) > 1:
             raise UserError(f"{path}: {line} could be {found[0]} or {found[1]}; name its ending, or leave one of them")
         if name in images or name in xmls:
-            pairs.append((found[0] if found else folder / f"{name}.jpg", next(iter(xmls.get(name, ())), None)))
+            image, xml = found[0] if found else None, next(iter(xmls.get(name, ())), None)
         else:  # neither is there, or both outside
-            xml = annotations / f"{line}.xml"
-            pairs.append((folder / f"{line if '..' in line else name}.jpg", xml if os.path.lexists(xml) else None))
-    return pairs
+            image, xml = None, annotations / f"{line}.xml"
+            xml = xml if os.path.lexists(xml) else None
+        stems.append((stem, photos / f"{line if '..' in line else name}.jpg"))
+        pairs.append((image, xml))
+    images, xmls = (list(column) for column in zip(*pairs)) if pairs else ([], [])
+    if not any(images):
+        images = [voc_elsewhere(folder, photos, stem, IMAGE_SUFFIXES, split) for stem, _ in stems]
+    if not any(xmls):
+        xmls = [voc_elsewhere(folder, annotations, stem, {".xml"}, split) for stem, _ in stems]
+    return [(image or missing, xml) for image, xml, (_, missing) in zip(images, xmls, stems)]
+
+
+def voc_elsewhere(folder, usual, stem, suffixes, split):
+    """The file of a name, with one of some suffixes, that is nearest to the folder where it should be -> path or None.
+
+    Raises UserError if several are as near.
+    """
+    near = (*usual.parent.relative_to(folder.root).parts, usual.name)
+    places = folder.named(normal(stem), suffixes, near=near)
+    places = [p for p in places if p.folders[: len(near) - 1] == near[:-1] and not in_masks(p) or p.suffix == ".xml"]
+    place = folder.nearest(places, (), stem, near=near, parts=parts_of([split]))
+    return Path(place.file) if place else None
 
 
 def files_by_name(folder, suffixes):
@@ -629,20 +738,23 @@ def yolo_sources(folder, data, path, train, val):
         if key is None and sources and not val:
             break
         if key is None:
-            raise UserError(f"{path}: no {' or '.join(keys)}; it has {', '.join(map(str, data))}")
+            raise NoSuchSplit(f"{path}: no {' or '.join(keys)}; it has {', '.join(map(str, data))}")
         entries = data[key] if isinstance(data[key], list) else [data[key]]
         if not all(isinstance(entry, str) for entry in entries):
             raise UserError(f"{path}: {key} is neither a folder nor a list of folders")
-        sources.append(
-            (key, [image for entry in entries for image in yolo_images(folder, entry, path, data.get("path"), key)])
-        )
+        others = [data[k] for k in ("train", "val", "valid", "test") if k != key and isinstance(data.get(k), str)]
+        images = [i for entry in entries for i in yolo_images(folder, entry, path, data.get("path"), key, others)]
+        if key == "test" and sources and not val and not any(yolo_labels(folder, images)):
+            break  # a challenge keeps its labels
+        sources.append((key, images))
     return sources
 
 
-def yolo_images(folder, entry, path, base, key):
+def yolo_images(folder, entry, path, base, key, others=()):
     """The images of an entry of data.yaml, which is a folder or a text file with a list -> [path]. Raises UserError.
 
-    The entry is relative to `base`, to data.yaml's folder, or, in exports, to a folder next to that.
+    The entry is relative to `base`, to data.yaml's folder, or, in exports, to a folder next to that. others: the
+    entries of other keys; of a folder within the entry's, the images are theirs.
     """
     parent, parts = path.parent, parts_of([key])
     bases = [parent / base if base else parent, parent, parent / "images"]
@@ -652,11 +764,18 @@ def yolo_images(folder, entry, path, base, key):
     if place is None:
         raise UserError(f"{path}: {entry} does not exist; looked for {', '.join(map(str, dict.fromkeys(candidates)))}")
     require_inside(folder.home, [place])
-    place = Path(os.path.normpath(place))
+    place = folder.own(Path(os.path.normpath(place)))
     if place.is_file():
         return [folder.locate(line, [place.parent], parts=parts) for line in read_lines(place)]
-    images = [p for p in sorted(place.iterdir()) if is_image(p)]
-    return images or sorted(p for p in place.rglob("*") if is_image(p))
+    inner = [os.path.relpath(other, entry) + os.sep for other in others if os.path.isabs(other) == os.path.isabs(entry)]
+    inner = tuple(other for other in inner if not other.startswith("."))
+    images = []
+    for path in sorted(place.rglob("*")):
+        name = str(path.relative_to(place))
+        is_hidden = any(part.startswith(".") for part in name.split(os.sep))
+        if path.suffix.lower() in IMAGE_SUFFIXES and not is_hidden and not name.startswith(inner):
+            images.append(path)
+    return images
 
 
 def yolo_labels(folder, images):
@@ -665,20 +784,20 @@ def yolo_labels(folder, images):
     a/images/b.jpg has a/labels/b.txt, by the last `images` in the path, or a/images/b.txt; where no image of a folder
     has such a one, the nearest file of its name.
     """
-    texts = {Path(place.file).with_suffix(""): Path(place.file) for place in folder.places({".txt"})}
+    texts = {name_of(place.file): Path(place.file) for place in folder.places({".txt"})}
     labels = {}
     for image in images:
         parts = list(image.parts[::-1])
         if "images" in parts[1:]:
             parts[parts.index("images", 1)] = "labels"
         paths = Path(*parts[::-1]).with_suffix(".txt"), image.with_suffix(".txt")
-        known = (texts.get(path.with_suffix("")) for path in paths)
+        known = (texts.get(name_of(path)) for path in paths)
         outside = (path for path in paths if os.path.lexists(path))
         labels[image] = next((path for path in (*known, *outside) if path), None)
     labelled = {image.parent for image in images if labels[image]}
     if any(image.parent not in labelled for image in images):
-        nearest = {Path(image.file): Path(label.file) for image, label in folder.match(".txt")[0].items()}
-        labels |= {image: nearest.get(image) for image in images if image.parent not in labelled}
+        nearest = {name_of(image.file): Path(label.file) for image, label in folder.match(".txt")[0].items()}
+        labels |= {image: nearest.get(name_of(image)) for image in images if image.parent not in labelled}
     return [labels[image] for image in images]
 
 
@@ -689,8 +808,9 @@ def unused_labels(folder, labels):
     return [place.file for place in places if looks_like_labels(place, folder.home)]
 
 
-def is_image(path):
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+def name_of(path):
+    """A path without suffix, to compare it with others."""
+    return normal(os.path.splitext(path)[0])
 
 
 # The table of layouts

@@ -389,7 +389,8 @@ def draw_confusion(counts, names, out):
     fractions = counts / counts.sum(1, keepdims=True).clip(min=1)
     axes.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
     ticks = [*drawable_names(names), "nothing"]
-    axes.set_xticks(range(size), ticks, rotation=90 if size > 6 else 0, fontsize=8)
+    room = 9 * side / size  # letters of size 8 in a column of the picture
+    axes.set_xticks(range(size), ticks, rotation=90 if max(map(len, ticks)) > room else 0, fontsize=8)
     axes.set_yticks(range(size), ticks, fontsize=8)
     axes.set(xlabel="detected as", ylabel="is", title="confusion matrix (IoU 0.5)")
     if size <= 40:

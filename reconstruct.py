@@ -17,6 +17,7 @@ import argparse
 import json
 import math
 import os
+import re
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
@@ -98,8 +99,9 @@ def main():
     else:
         points, confidence = unproject(found["depth"], extrinsics, intrinsics), found["depth_confidence"]
     with writing(out, "; choose another --out"):
-        for old in [*out.glob("depth-*.png"), *out.glob("tracks.*")]:  # of another scene
-            old.unlink()
+        for old in out.iterdir():
+            if re.fullmatch(r"depth-\d+\.png|tracks\.(json|jpg)", old.name):  # of another scene
+                old.unlink()
         for i, depth in enumerate(found["depth"], 1):
             draw_depth(depth).save(out / f"depth-{i}.png")
         write_cameras(out / "cameras.json", paths, images.shape[-2:], extrinsics, intrinsics, frames)

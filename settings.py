@@ -7,6 +7,7 @@ import argparse
 import math
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -333,6 +334,8 @@ class Settings:
     num_classes: int = None  # the dataset's
     data_from_run: str = None  # the path of the data, seen from the run's folder
     value_range: list = None  # the training images', see transforms.common_range
+    trained_on: str = None  # their fingerprint, see layouts.load_splits
+    common_size: list = None  # (height, width) of most of them
     version: str = VERSION  # of this code, which began the run
 
     @classmethod
@@ -413,6 +416,7 @@ def resolve_settings(given, train, initial=None):
     resolve_run(s)
     chosen = {key: value for key, value in vars(s).items() if value != before[key]}
     s.data, s.num_classes, s.value_range = str(s.data or "data/demo"), len(train.classes), train.value_range
+    s.trained_on, s.common_size = train.fingerprint, most_common_size(train)
     print("chosen: " + ", ".join(f"{key}={value}" for key, value in chosen.items()))
     if train.most_objects > s.num_queries and s.detector != "ssd":
         print(
@@ -420,6 +424,12 @@ def resolve_settings(given, train, initial=None):
             "the rest can't be found"
         )
     return s
+
+
+def most_common_size(split):
+    """-> [height, width] of most images of a Split, or of its tiles; of two that are as common, the larger."""
+    counts = Counter((record.height, record.width) for record in split.records)
+    return [split.side] * 2 if split.side else list(max(counts, key=lambda size: (counts[size], size)))
 
 
 def architecture_of(initial, given, train):

@@ -179,10 +179,7 @@ def load_data(s):
     if s.get("tile"):
         splits[0] = cut_into_tiles(splits[0], s["tile"], for_training=True)
     for split in splits:
-        boxes = sum(int((~record.ignored).sum()) for record in split.records)
-        print(f"{split.name}: {len(split.records):,} images, {boxes:,} boxes, {len(split.classes)} classes")
-        for remark in split.remarks:
-            print(f"  {split.name}: {remark}")
+        print("\n".join(split.describe()))
     if crowding(splits[1]):
         print(f"  {splits[1].name}: {crowding(splits[1])}")
     return splits

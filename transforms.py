@@ -23,6 +23,7 @@ SCALE, SHIFT = 1 / (255 * torch.tensor(STD)), -torch.tensor(MEAN) / torch.tensor
 MEAN_FILL = {tv_tensors.Image: tuple(round(255 * m) for m in MEAN), "others": 0}  # around a rotated or shrunken image
 BILINEAR = v2.InterpolationMode.BILINEAR
 PER_BOX = ("labels", "area", "iscrowd")  # entries of a target with one row per box, besides `boxes`
+ORIENTATION = 0x0112  # its number in EXIF
 SHORT_SIDE, LONG_SIDE = 800, 1333  # of an image at size 800; all lengths scale with the size
 
 
@@ -83,12 +84,15 @@ def read_image(path, upright=True, detail=None, value_range=None):
     with open_image(path) as image:
         n = reduction(*image.size, detail)
         image.draft(None, (image.width // n, image.height // n))
-        return to_rgb(image, upright, value_range)
+        image = to_rgb(image, upright, value_range)
+    if orientation(image) != 1:
+        del image.getexif()[ORIENTATION]  # whoever gets the image would turn it
+    return image
 
 
 def to_rgb(image, upright=True, value_range=None):
     """A PIL image of any mode, which stays as it is -> RGB PIL image; see read_image."""
-    if upright and image.getexif().get(0x0112, 1) != 1:
+    if upright and orientation(image) != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
         image = to_8_bits(image, value_range or common_range([extremes(image)]))
@@ -147,9 +151,17 @@ def reduction(width, height, detail):
     return 1
 
 
+def orientation(image):
+    """How a PIL image is to be turned, 1 to 8 as in EXIF; 1, not at all, if its EXIF can't be read."""
+    try:
+        return image.getexif().get(ORIENTATION, 1)
+    except Exception:  # PIL raises exceptions of many types for broken ones, which viewers pass over
+        return 1
+
+
 def upright_size(image):
     """(width, height) of a PIL image once it is rotated as its EXIF says."""
-    if image.getexif().get(0x0112, 1) not in (5, 6, 7, 8):
+    if orientation(image) not in (5, 6, 7, 8):
         return image.size
     if image.format == "TIFF":  # PIL turns these itself
         image.load()

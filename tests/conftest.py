@@ -9,10 +9,10 @@ from pathlib import Path
 if not any("test_accelerator" in argument for argument in sys.argv if not argument.startswith("-")):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -112,7 +112,7 @@ def signal_handlers():
 @pytest.fixture(autouse=True)
 def still_online(monkeypatch):
     """A command that runs in this process with --offline switches the network off for that test alone."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", huggingface_hub.constants.HF_HUB_OFFLINE)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", constants.HF_HUB_OFFLINE)
     monkeypatch.setenv("HF_HUB_OFFLINE", os.environ.get("HF_HUB_OFFLINE", ""))
 
 

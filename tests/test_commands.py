@@ -230,7 +230,7 @@ def test_a_checkpoint_runs_no_code(tmp_path, monkeypatch, capsys):
         (train.main, ["--data", "DATA", "--shard"], "--shard spreads the backbone over several processes"),
         (train.main, ["--data", "DATA", "--layers", "2"], "--layers: for plain vision transformers"),
         (train.main, ["--data", "DATA", "--precision", "float8"], "invalid choice: 'float8'"),
-        (evaluate.main, ["BEST", "--data", "OTHER"], "are not the checkpoint's"),
+        (evaluate.main, ["BEST", "--data", "OTHER"], "its classes are not those of the checkpoint"),
         (check_dims.main, ["--run", "dinov2-smal"], "the nearest: dinov2-small"),
         (check_dims.main, ["--size", "0"], "--size has to be more than 0"),
     ],

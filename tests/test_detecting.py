@@ -431,6 +431,22 @@ def test_an_object_larger_than_a_tile_is_found_whole():
     assert (areas > 256 * 256).sum() == 1 and len(found["boxes"]) == 1  # its pieces are not others
 
 
+def test_a_long_name_is_refused_in_a_line(detect, tmp_path):
+    status, _, error, _ = detect(tmp_path / ("a" * 300) / "x.jpg")
+    assert status == 2 and "can't be opened (File name too long)" in error and error.count("\n") == 1
+
+
+def test_ctrl_c_before_the_first_frame_ends_all(detect, tmp_path, monkeypatch):
+    red_square(tmp_path / "z.png")
+    write_intra(tmp_path / "clip.mp4", range(0, 1000, 100))
+
+    def stop(number):
+        raise KeyboardInterrupt
+
+    status, _, error, rows = detect(tmp_path / "clip.mp4", tmp_path / "z.png", detector=Squares(stop))
+    assert status == 130 and rows == [], error
+
+
 @pytest.mark.parametrize("size", [(9000, 8000), (14000, 13500)])  # the second is over Pillow's own limit
 def test_a_large_image_opens_with_the_option_that_the_message_names(size, detect, tmp_path):
     Image.new("1", size).save(tmp_path / "scan.png")
@@ -669,6 +685,16 @@ def test_thin_images_are_detected_in_and_drawn(detect, tmp_path):
     for path in (tmp_path / "out").glob("*.jpg"):
         drawing = Image.open(path)
         assert drawing.width * drawing.height <= 1e6
+
+
+def test_names_of_classes_do_not_overlap(tmp_path, monkeypatch):
+    names, drawn = ["traffic light", "double decker bus", "construction worker", "cat"], []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, out: drawn.append(figure))
+    for count in (1, 3, 4):
+        plots.draw_confusion(np.eye(count + 1, dtype=int), names[:count], tmp_path / "a.png")
+        drawn[-1].draw_without_rendering()
+        boxes = [label.get_window_extent() for label in drawn[-1].axes[0].get_xticklabels()]
+        assert all(left.x1 < right.x0 for left, right in zip(boxes, boxes[1:]))
 
 
 def test_diagrams_show_names_in_any_script(tmp_path):

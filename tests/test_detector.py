@@ -256,6 +256,28 @@ def test_a_repository_that_can_not_be_had(monkeypatch):
         load("someone/cats")
 
 
+def test_saving_overwrites_nothing_but_itself(checkpoint, tmp_path):
+    detector = load(checkpoint)
+    for name in ("README.md", "config.json"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text("{}")
+        with pytest.raises(UserError, match=f"{name}: would be overwritten; choose another folder"):
+            detector.save(tmp_path / name)
+        assert [path.name for path in (tmp_path / name).iterdir()] == [name]
+    for _ in range(2):
+        detector.save(tmp_path / "mine")
+
+
+@pytest.mark.parametrize("name, is_asked", [("me/cats-v1.0", True), ("me/best.pth", False), ("me/cats.onnx", False)])
+def test_names_on_the_hub_may_hold_dots(name, is_asked, monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: asked.append(name) or tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError):
+        load(name)
+    assert asked == [name] * is_asked
+
+
 def test_pushing_uploads_what_save_writes(checkpoint, monkeypatch):
     calls = []
 

@@ -1,5 +1,6 @@
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from errors import UserError
 from export import furthest
 
 
-def write_checkpoint(path, detector, classes=("cat", "dog", "emu"), **more):
+def write_checkpoint(path, detector, classes=("cat", "dog", "emu"), category_ids=(3, 5, 90), **more):
     torch.manual_seed(0)
     config = tiny_config(detector, backbone_weights="none", num_queries=30, image_size=96) | more
     model = build_model(config)[0]
@@ -27,7 +28,7 @@ def write_checkpoint(path, detector, classes=("cat", "dog", "emu"), **more):
                 parameter += 0.05 * torch.randn_like(parameter)
     save_checkpoint(
         path,
-        {"model": model.state_dict(), "config": config, "classes": list(classes), "category_ids": [3, 5, 90]},
+        {"model": model.state_dict(), "config": config, "classes": list(classes), "category_ids": list(category_ids)},
     )
     return path
 
@@ -173,7 +174,7 @@ def test_smaller_copies_need_images_and_onnx(tiny_data, tmp_path, monkeypatch, c
         (["--int8", "--format", "torch"], "--int8: is for --format onnx"),
         (["--data", tiny_data], f"--data {tiny_data}: is for --int8 and --half"),
         (["--int8"], "does not say what data it was trained with; give --data DIR"),
-        (["--half", "--data", tiny_data], "are not the checkpoint's"),
+        (["--half", "--data", tiny_data], "its classes are not those of the checkpoint"),
     ):
         status, _, err = called(export.main, [checkpoint, *arguments], monkeypatch, capsys)
         assert status == 2 and message in err and err.count("\n") == 1
@@ -184,6 +185,7 @@ def test_mistakes_in_exporting(tmp_path, monkeypatch, capsys):
     checkpoint = write_checkpoint(tmp_path / "best.pth", "detr")
     for arguments, message in (
         ([checkpoint, "--image-size", 100, 96], "both have to be multiples of 32"),
+        ([checkpoint, "--image-size", 96, 96, "--any-size", "--format", "torch"], "leave out --image-size"),
         ([write_checkpoint(tmp_path / "ssd.pth", "ssd"), "--format", "torch"], "ssd is not exported"),
     ):
         status, _, err = called(export.main, arguments, monkeypatch, capsys)
@@ -199,6 +201,39 @@ def test_mistakes_in_exporting(tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match="x.pt2: not a file of export.py"):
         load(tmp_path / "x.pt2")
     assert not list(tmp_path.glob("*.partial*"))
+
+
+def test_a_graph_has_the_shape_of_most_training_images(tmp_path, monkeypatch, capsys):
+    config = {"image_size": 96}
+    for common, size in (([480, 640], (96, 128)), ([1080, 1920], (96, 160)), ([900, 600], (160, 96)), (None, (96, 96))):
+        assert export.canvas_size(export.drawn_image(config | {"common_size": common}), config, 32) == size
+    checkpoint = write_checkpoint(tmp_path / "best.pth", "detr", common_size=[480, 640])
+    status, out, error = called(export.main, [checkpoint, "--format", "torch"], monkeypatch, capsys)
+    assert status == 0 and "best.pt2: 96x128; differs" in out and "most training images have" in out, error
+
+
+@pytest.mark.parametrize("size", [[0, 640], "wide", [640], [-1, 5]])
+def test_a_checkpoint_with_an_impossible_size_is_refused(size, tmp_path):
+    with pytest.raises(UserError, match="its settings describe no detector"):
+        load(write_checkpoint(tmp_path / "best.pth", "detr", common_size=size))
+
+
+def test_exported_files_are_called_like_what_they_come_from(tmp_path, monkeypatch):
+    (tmp_path / "v1.5").mkdir()
+    (tmp_path / "best.x.pth").write_bytes(b"")
+    monkeypatch.chdir(tmp_path / "v1.5")
+    for source, name in (
+        (tmp_path / "v1.5", tmp_path / "v1.5.onnx"),
+        (".", tmp_path / "v1.5.onnx"),
+        (tmp_path / "best.x.pth", tmp_path / "best.x.onnx"),
+        ("me/cats-v1.0", Path("cats-v1.0.onnx")),  # of the hub
+    ):
+        assert export.default_output(source, ".onnx") == name
+
+
+def test_a_device_is_not_named_in_vain(tmp_path):
+    with pytest.raises(UserError, match="--device cpu: .*a.onnx computes on what its runtime finds"):
+        load(tmp_path / "a.onnx", device="cpu")
 
 
 def test_a_graph_that_differs_is_not_written(tmp_path, monkeypatch, capsys):

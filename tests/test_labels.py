@@ -1,6 +1,10 @@
 """infer.py --labels: detections come back as a dataset that train.py opens; --least-sure: what to label next."""
 
+import errno
+import os
 import signal
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -86,6 +90,32 @@ def test_labels_of_equal_names_keep_apart_and_nothing_is_overwritten(tmp_path, m
     assert {p.name for p in (tmp_path / "out/dataset/images").iterdir()} == {"a-x.png", "b-x.png"}
     _, status, _, error = detect(arguments, monkeypatch, capsys)
     assert status == 2 and "dataset: already exists" in error and error.count("\n") == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are Unicode there")
+@pytest.mark.parametrize("layout", ["coco", "voc", "yolo"])
+def test_labels_of_file_names_that_are_no_text_open(layout, tmp_path, monkeypatch, capsys):
+    folder = images(tmp_path / "in")
+    os.rename(folder / "f.webp", os.fsencode(folder) + b"/caf\xe9.webp")
+    arguments = [folder, "--labels", layout, "--out", tmp_path / "out"]
+    _, status, _, error = detect(arguments, monkeypatch, capsys)
+    assert status == 0, error
+    assert sum(len(s.records) for s in load_splits(tmp_path / "out" / "dataset")) == 6
+
+
+def test_an_image_whose_labels_can_not_be_written_is_not_in_the_dataset(tmp_path, monkeypatch, capsys):
+    folder, write = images(tmp_path / "in"), Path.write_bytes
+
+    def fill(path, data):
+        if path.name == "f.xml":
+            write(path, data[:9])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", fill)
+    _, status, _, error = detect([folder, "--labels", "voc", "--out", tmp_path / "out"], monkeypatch, capsys)
+    assert status == 2 and "f.xml: can't be written (No space left on device)" in error
+    assert sum(len(s.records) for s in load_splits(tmp_path / "out" / "dataset", val_fraction=0.4)) == 5
 
 
 def test_ctrl_c_leaves_a_dataset_of_what_was_done(tmp_path, monkeypatch, capsys):

@@ -1,24 +1,22 @@
 import json
 from dataclasses import replace
-from types import SimpleNamespace
+from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 import distributed
 from errors import UserError
+from layouts import Split, make_record
 from optim import build_optimizers, learning_rate_factor, update_ema
 from runs import augmentation_phase
 from settings import DEFAULTS, Settings, build_parser, resolve_settings
 from train import count_pieces
 
 
-def pictures(count):
-    record = SimpleNamespace(width=640, height=480, boxes=np.array([(10, 10, 90, 90)]))
-    return SimpleNamespace(
-        records=[record] * count, most_objects=40, classes=["a", "b"], is_fraction=False, value_range=None
-    )
+def pictures(count, objects=40):
+    record = make_record(0, Path("0.jpg"), (640, 480), [(10, 10, 90, 90, 0, 6400, False)] * objects)
+    return Split("train", ["a", "b"], [1, 2], [record] * count, fingerprint="of these")
 
 
 @pytest.mark.parametrize(
@@ -388,8 +386,7 @@ def test_a_checkpoint_decides_how_many_queries_only_where_they_are_weights(capsy
             resolve_settings({"data": "mine", "init": "x", "image_size": 128}, pictures(800), initial).num_queries
             == wanted
         )
-    crowded = pictures(800)
-    crowded.most_objects = 450
+    crowded = pictures(800, 450)
     assert (
         resolve_settings({"data": "mine", "recipe": "ecdet", "size": "s", "image_size": 128}, crowded).num_queries
         == 900

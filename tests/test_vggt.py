@@ -375,9 +375,12 @@ def test_the_command_writes_a_scene(released_file, small_command, tmp_path, monk
 
     for path in sorted(folder.glob("[bc]*")):
         path.unlink()
+    for name in ("depth-map.png", "tracks.csv"):  # not ours
+        (out / name).touch()
     status, said, error = called(reconstruct.main, [*arguments[:5], "--out", out], monkeypatch, capsys)
     assert status == 0, error
-    assert sorted(path.name for path in out.iterdir()) == ["cameras.json", "depth-1.png", "points.ply"]
+    left = ["cameras.json", "depth-1.png", "depth-map.png", "points.ply", "tracks.csv"]
+    assert sorted(path.name for path in out.iterdir()) == left
     status, said, error = called(reconstruct.main, [*arguments[:5], "--out", folder], monkeypatch, capsys)
     assert status == 2 and "holds images that would be overwritten" in error
 

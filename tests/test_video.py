@@ -164,6 +164,20 @@ def test_within_a_tile_nothing_is_suppressed_and_classes_are_apart():
     assert merge(detections, cut, torch.tensor([0, 1, 0, 1])).tolist() == [1, 2, 3]
 
 
+def test_less_sure_detections_change_nothing_in_the_sure_ones():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        corner = torch.from_numpy(rng.integers(0, 40, (30, 2))).float()
+        boxes = torch.cat([corner, corner + torch.from_numpy(rng.integers(10, 40, (30, 2)))], 1)
+        found = {"scores": torch.from_numpy(rng.random(30)), "labels": torch.from_numpy(rng.integers(0, 2, 30))}
+        found, cut, home = found | {"boxes": boxes}, torch.rand(30) < 0.5, torch.randint(3, (30,))
+        sure = torch.tensor([0.4, 0.6])
+        above = found["scores"] >= sure[found["labels"]]
+        alone = merge({key: value[above] for key, value in found.items()}, cut[above], home[above], sure)
+        kept = merge(found, cut, home, sure)
+        assert above.nonzero().flatten()[alone].tolist() == kept[above[kept]].tolist()
+
+
 def test_a_detector_with_tiles_says_what_its_detector_finds_in_each(monkeypatch):
     whole = Detector.__new__(Detector)
     whole.tile, whole.threshold, whole.classes = 256, 0.5, ["red"]

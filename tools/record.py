@@ -37,6 +37,7 @@ from ecvit import fuse
 from errors import UserError, run_script
 from optim import build_optimizers, update_ema
 from settings import DEFAULTS
+from weights import first_line
 
 CASES = {  # detector, its backbone; ECDet's is that of its size
     "detr": "ecvitt",
@@ -102,7 +103,7 @@ class Record:
         try:
             values = function()
         except Exception as error:  # one that fails costs no other
-            values = {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+            values = {"error": f"{type(error).__name__}: {first_line(error)[:200]}"}
         self.add(part, name, values)
 
 
@@ -139,9 +140,8 @@ def show(value):
 
 def measure_steps(arguments, device, precision, record):
     """A training step and detection of each detector; the rate of one large product as their limit."""
-    precisions = ["float32"] if precision == "float32" else [precision]
-    if device.type == "cuda":
-        precisions = list(dict.fromkeys([*precisions, "bfloat16", "float16"]))
+    others = ["bfloat16", "float16"] if device.type == "cuda" else ["float32"]
+    precisions = list(dict.fromkeys([precision, *others]))
     rates = {p: product_rate(device, p) for p in precisions}
     for name, rate in rates.items():
         record.add("steps", f"product of large matrices, {name}", {"TFLOP/s": rate / 1e12})
@@ -247,7 +247,7 @@ def measure_peers(arguments, device, precision, record):
         try:
             models = benchmark.build_contestants(pair, device)
         except Exception as error:  # a version of transformers that lacks it
-            record.add("peers", name, {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"})
+            record.add("peers", name, {"error": f"{type(error).__name__}: {first_line(error)[:200]}"})
             continue
         for side in dict.fromkeys([pair.train_side, arguments.side]):
             step = partial(compare_steps, models, pair.train_images, side, precision, arguments.repeats, device)

@@ -18,13 +18,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torchvision.models.detection import SSD300_VGG16_Weights
 
-from annotations import read_text
 from backbones import ECVIT_RELEASE
 from detr_model import build_model
 from ecdet_loss import REG_SCALE, UP
 from ecdet_model import SIZES
 from ecvit import fuse
 from errors import UserError, writing
+from files import read_text
 from weights import check_keys, download, first_line, load_strictly, say_licence
 
 FORMAT = 1

@@ -15,7 +15,6 @@ import math
 import random
 import sys
 from collections import Counter, defaultdict
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +24,7 @@ from torchvision.transforms.v2 import functional as TF
 
 import plots
 from errors import UserError, run_script, writing
+from folder import first_paths
 from layouts import LAYOUTS, load_splits
 from transforms import allow_large_images, longest_side, mix_up, mosaic, read_image, reduction, resized_sides
 
@@ -117,76 +117,6 @@ def decoded_bytes(record, detail):
     is_jpeg = record.path.suffix.lower() in (".jpg", ".jpeg")
     n = reduction(record.width, record.height, detail) if is_jpeg and not record.tile else 1
     return 3 * record.width * record.height // n**2
-
-
-# Tiles: windows of large images at their own resolution, for objects of a few pixels
-
-OVERLAP = 0.25  # of neighbouring tiles, as a fraction of their side
-VISIBLE = 0.4  # of an object's area: with less of it in a tile, it is none of the tile's objects
-
-
-def tiles_of(width, height, side):
-    """The tiles of an image, evenly spaced -> [(left, top, right, bottom)]."""
-    corners = [(x, y) for y in tile_starts(height, side) for x in tile_starts(width, side)]
-    return [(x, y, min(x + side, width), min(y + side, height)) for x, y in corners]
-
-
-def tile_starts(length, side):
-    """Where tiles of `side` pixels start along `length` pixels: evenly spaced, sharing at least OVERLAP of a side."""
-    if length <= side:
-        return [0]
-    count = 1 + math.ceil((length - side) / (side * (1 - OVERLAP)))
-    return [round(i * (length - side) / (count - 1)) for i in range(count)]
-
-
-def cut_into_tiles(split, side, for_training):
-    """A Split -> one of tiles of `side` pixels. An object that a tile cuts is clipped, or left out, see VISIBLE.
-
-    Images larger than a tile come in whole too, for their large objects. for_training: of the tiles without objects, at
-    most as many stay as there are with some. Raises UserError if no tile has any.
-    """
-    records, empty = [], []
-    for index, record in enumerate(split.records):
-        tiles = tiles_of(record.width, record.height, side)
-        if len(tiles) > 1:
-            records.append(replace(record, whole=index))
-        for tile in tiles:
-            part = cut(record, tile, index)
-            is_empty = for_training and part.ignored.all()
-            (empty if is_empty else records).append(part)
-    remarks = list(split.remarks)
-    if for_training and not any(record.tile and (~record.ignored).any() for record in records):
-        raise UserError(f"{split.name}: no object fits into a tile of {side} pixels; choose a larger --tile")
-    if for_training:
-        kept = sorted(random.Random(0).sample(range(len(empty)), min(len(empty), len(records))))
-        remarks.append(
-            f"{len(split.records)} images become {len(records)}, tiles of {side} pixels with objects and whole images; "
-            f"of {len(empty)} tiles without objects, {len(kept)} are used"
-        )
-        records += [empty[i] for i in kept]
-    return replace(split, records=records, remarks=remarks, whole=split, side=side)
-
-
-def cut(record, tile, index):
-    """The part of a Record in a tile; index: the record's."""
-    left, top, right, bottom = tile
-    corner, size = np.array([left, top] * 2), np.array([right - left, bottom - top] * 2)
-    boxes = (record.boxes - corner).clip(0, size)
-    sides = (boxes[:, 2:] - boxes[:, :2]).prod(1), (record.boxes[:, 2:] - record.boxes[:, :2]).prod(1)
-    fractions = sides[0] / sides[1].clip(1e-9)
-    keep = fractions >= VISIBLE
-    return replace(
-        record,
-        image_id=f"{record.image_id}/{left},{top}",
-        width=right - left,
-        height=bottom - top,
-        boxes=boxes[keep],
-        labels=record.labels[keep],
-        areas=(record.areas * fractions)[keep],
-        ignored=record.ignored[keep],
-        tile=tile,
-        whole=index,
-    )
 
 
 # Batches
@@ -461,6 +391,14 @@ def class_problems(train, val):
     return lines
 
 
+def choose_image_size(split, smallest):
+    """The shortest side at which a small object (20th percentile) is still 20 pixels wide, within reason."""
+    side = np.median([min(r.width, r.height) for r in split.records])
+    relative = [np.sqrt((b[2] - b[0]) * (b[3] - b[1])) / min(r.width, r.height) for r in split.records for b in r.boxes]
+    needed = 20 / max(float(np.quantile(relative, 0.2)), 1e-3)
+    return int(min(max(needed, smallest), max(2 * smallest, 640), max(side, smallest)) // 32 * 32)
+
+
 def advise_tiles(split, size):
     """A line for the user if half of the objects are under SMALL pixels in images resized to `size`, and larger in the
     files; else None."""
@@ -500,12 +438,6 @@ def box_problems(train, val):
         "boxes are as large as their image": full,
     }
     return [f"{len(paths)} {what} ({first_paths(dict.fromkeys(paths))})" for what, paths in findings.items() if paths]
-
-
-def first_paths(paths):
-    """The first three of some paths, for messages."""
-    paths = list(paths)
-    return ", ".join(str(path) for path in paths[:3]) + (", ..." if len(paths) > 3 else "")
 
 
 def draw_sheet(split, count=12):
@@ -553,8 +485,6 @@ def main():
             arguments.val_fraction,
             allow_outside=arguments.allow_outside,
         )
-    from settings import choose_image_size  # which imports this file
-
     advice = advise_tiles(train, choose_image_size(train, 640))
     if arguments.val_fraction is not None and not train.is_fraction:
         raise UserError(f"--val-fraction {arguments.val_fraction}: is for a dataset with one part only; leave it out")

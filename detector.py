@@ -7,6 +7,7 @@ detections = detector("photo.jpg")              # {"scores" (D,), "labels" (D,),
 detections = detector([image, array, "b.png"])  # a list for a list: paths, PIL images, arrays (H, W, 3) uint8 RGB
                                                 # or RGBA, (H, W) grey of 8 or 16 bits: the same as their files
 detector.save("folder")                         # model.safetensors, config.json and a model card
+to_supervision(detections)                      # supervision.Detections, for its trackers and counters
 """
 
 import json
@@ -18,14 +19,14 @@ import numpy as np
 import torch
 from PIL import Image
 from torchvision import tv_tensors
-from torchvision.ops import box_iou
 from torchvision.transforms.v2 import functional as TF
 
 from checkpoint import LARGEST, check_thresholds, load_detector, write_folder
-from datasets import OVERLAP, collate, equal_batches, tiles_of
+from datasets import collate, equal_batches
 from devices import Graphed, autocast, choose_precision, find_device
 from errors import UserError
 from mistakes import DEFAULT
+from tiles import detect_in_tiles
 from transforms import MEAN, eval_transforms, longest_side, read_image, resized_sides, to_rgb
 
 
@@ -229,87 +230,6 @@ def to_supervision(found):
         class_id=found["labels"].numpy(),
         data={"class_name": np.array(found["names"], dtype=str)},
     )
-
-
-# Large images are cut into overlapping tiles, so that small objects keep their size; duplicates are merged.
-
-
-def detect_in_tiles(detect, image, side, sure=None):
-    """detect: [PIL images] -> [{"scores", "labels", "boxes"}]; image: PIL -> the same for the whole of it, best first.
-
-    side: of a tile, in pixels of the image; sure: see merge.
-    """
-    tiles = tiles_of(image.width, image.height, side)
-    parts = [(None, detect([image])[0])] if len(tiles) > 1 else []
-    parts += [(tile, detect([image.crop(tile)])[0]) for tile in tiles]
-    return join_tiles(parts, image.width, image.height, side, sure)
-
-
-def join_tiles(parts, width, height, side, sure=None):
-    """[(tile, detections in it)] of an image -> the detections in all of it, best first.
-
-    An object that is no larger than the overlap of tiles is whole in at least one of them. Larger ones are also taken
-    from what was detected in the whole image, whose tile is None.
-    """
-    found, cut, home = [], [], []
-    for number, (tile, detections) in enumerate(parts):
-        boxes = detections["boxes"]
-        if tile is None:
-            large = (boxes[:, 2:] - boxes[:, :2]).amax(1) > OVERLAP * side
-            detections = {key: value[large] for key, value in detections.items()}
-            cut.append(torch.zeros(int(large.sum()), dtype=torch.bool))
-        else:
-            boxes = boxes + torch.tensor([*tile[:2], *tile[:2]])
-            detections = {**detections, "boxes": boxes}
-            cut.append(((boxes - inner_borders(tile, width, height)).abs() < 0.01 * side).any(1))
-        found.append(detections)
-        home.append(torch.full((len(detections["scores"]),), number))
-    merged = {key: torch.cat([detections[key] for detections in found]) for key in found[0]}
-    keep = merge(merged, torch.cat(cut), torch.cat(home), sure)
-    keep = keep[merged["scores"][keep].argsort(descending=True, stable=True)]
-    return {key: value[keep] for key, value in merged.items()}
-
-
-def inner_borders(tile, width, height):
-    """A tile (left, top, right, bottom) of an image -> its borders (4,), infinite where they are the image's own."""
-    left, top, right, bottom = tile
-    return torch.tensor(
-        [
-            left if left > 0 else -math.inf,
-            top if top > 0 else -math.inf,
-            right if right < width else math.inf,
-            bottom if bottom < height else math.inf,
-        ]
-    )
-
-
-def merge(detections, cut, home, sure=None, iou=0.5):
-    """Class-wise non-maximum suppression between tiles, never within one -> indices of the detections that stay.
-
-    cut (D,): whether the border of its tile cuts a box; home (D,): the number of its tile. Whole boxes come before cut
-    ones, whatever their scores; but those that reach the `sure` score of their class (K,) come before all others, so
-    that these change nothing in them.
-    """
-    boxes, labels, scores = detections["boxes"], detections["labels"], detections["scores"]
-    unsure = torch.zeros_like(cut) if sure is None else scores < sure[labels]
-    order = torch.argsort(scores - 2.0 * cut - 4.0 * unsure, descending=True, stable=True)
-    kept = torch.zeros(len(boxes), dtype=torch.bool)
-    for i in order.tolist():
-        rivals = kept & (labels == labels[i]) & (home != home[i])
-        kept[i] = not is_duplicate(boxes[i], boxes[rivals], cut[i], iou)
-    return order[kept[order]]
-
-
-def is_duplicate(box, rivals, cut, iou):
-    """Whether box (4,) is one of rivals (R, 4) again.
-
-    Its IoU with that one is above `iou`; or it is cut, and more than that fraction of it lies inside.
-    """
-    if (box_iou(box[None], rivals)[0] > iou).any():
-        return True
-    area = (box[2:] - box[:2]).prod().clamp(min=1e-6)
-    sides = torch.minimum(rivals[:, 2:], box[2:]) - torch.maximum(rivals[:, :2], box[:2])
-    return bool(cut and (sides.clamp(min=0).prod(1) / area > iou).any())
 
 
 # Files of export.py

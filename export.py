@@ -27,13 +27,13 @@ from PIL import Image
 from torch import nn
 
 from checkpoint import load_detector
-from datasets import cut_into_tiles
 from demo_data import draw_picture
 from detector import ExportedDetector, canvas_size, load, to_canvas, to_image
 from devices import seconds_of
 from errors import Offline, UserError, run_script, writing
 from evaluate import evaluate_one_by_one, load_run_splits
 from quantize import to_half, to_int8
+from tiles import cut_into_tiles
 from transforms import MEAN, STD, allow_large_images, longest_side, read_image, resized_sides
 from weights import first_line
 

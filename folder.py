@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
 
-from annotations import read_bytes, require_inside
 from errors import UserError
+from files import read_bytes, require_inside
 from transforms import IMAGE_SUFFIXES
 
 MOST_FILES = 2_000_000
@@ -249,8 +249,14 @@ def depth(place):
 
 def count_paths(paths, text):
     """A line that counts some paths, if there are any -> [line]."""
-    paths = [str(path) for path in paths]
-    return [f"{len(paths)} {text}: {', '.join(paths[:3])}{', ...' if len(paths) > 3 else ''}"] if paths else []
+    paths = list(paths)
+    return [f"{len(paths)} {text}: {first_paths(paths)}"] if paths else []
+
+
+def first_paths(paths):
+    """The first three of some paths, for messages."""
+    paths = list(paths)
+    return ", ".join(map(str, paths[:3])) + (", ..." if len(paths) > 3 else "")
 
 
 def listing(folder):

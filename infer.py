@@ -28,10 +28,10 @@ from pathlib import Path
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what Apple's GPUs can't do yet then runs on the CPU
 from PIL import Image
 
-from annotations import DatasetWriter
 from detector import load
 from devices import PRECISIONS, ahead
 from errors import Offline, UserError, run_script, writing
+from labels import DatasetWriter
 from layouts import LAYOUTS
 from mistakes import doubt
 from plots import draw_boxes
@@ -188,7 +188,7 @@ def detect_in_files(paths, names, detector, out, dataset=None, least_sure=None):
     """Writes the results for images and videos into the folder `out` -> messages about the files that failed,
     {path of an image: its doubt} if least_sure, see mistakes.doubt.
 
-    names: of the outputs, see output_names; dataset: an annotations.DatasetWriter for the images. Ctrl-C ends it, with
+    names: of the outputs, see output_names; dataset: a labels.DatasetWriter for the images. Ctrl-C ends it, with
     detections.json of what was done.
     """
     failed, doubts, seconds, count = [], {}, 0.0, 0

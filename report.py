@@ -1,4 +1,4 @@
-"""report.html: the figures of a detector and its mistakes on a validation split, in one file that any browser opens."""
+"""What is said about a detector: report.html, in which any browser shows its figures and mistakes, and pictures."""
 
 import base64
 import io
@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mistakes import HIT, IGNORED, KINDS, cases_of, confusion, costs
+import plots
+from mistakes import HIT, IGNORED, KINDS, cases_of, confusion, costs, worst
 from transforms import read_image
 
 PAGE = Path(__file__).with_name("report_page.html")
@@ -22,7 +23,7 @@ STEPS = 100  # of the slider for the score
 def write_report(path, title, split, findings, thresholds, figures, curves, log=()):
     """Writes the report of a Split's detections.
 
-    findings, thresholds: see mistakes.py; figures, curves: see evaluate.measure; log: the rows of log.jsonl.
+    findings, thresholds: see mistakes.py; figures, curves: see metrics.measure; log: the rows of log.jsonl.
     """
     _, gains = costs(findings)
     data = {
@@ -70,9 +71,8 @@ def counts_by_score(findings):
     steps = np.arange(STEPS + 1) / STEPS
     counts = []
     for label in range(len(findings.classes)):
-        own = (findings.label == label) & (findings.kind != IGNORED)
-        scores = [np.sort(findings.score[own & (findings.kind == HIT) == right]) for right in (True, False)]
-        scores[1] = np.sort(findings.score[own & (findings.kind != HIT)])
+        own, hit = (findings.label == label) & (findings.kind != IGNORED), findings.kind == HIT
+        scores = [np.sort(findings.score[own & right]) for right in (hit, ~hit)]
         counts.append([(len(s) - np.searchsorted(s, steps)).tolist() for s in scores])
     return counts
 
@@ -129,3 +129,23 @@ def describe(split, findings, index, lowest):
             )
         ],
     }
+
+
+def draw_report(split, findings, thresholds, curves, folder):
+    """Writes precision_recall.png, confusion.png and, if there are mistakes, mistakes.png -> their names in folder.
+
+    findings, thresholds: see mistakes.py; curves: see measure.
+    """
+
+    def load(index):
+        record = split.records[index]
+        return read_image(record.path, record.upright, value_range=split.value_range)
+
+    names = ["precision_recall.png", "confusion.png"]
+    cases = cases_of(findings, thresholds["score"])
+    plots.draw_precision_recall(curves, split.classes, folder / "precision_recall.png")
+    plots.draw_confusion(confusion(cases, len(split.classes)), split.classes, folder / "confusion.png")
+    if mistakes := worst(cases):
+        plots.draw_cases(mistakes, load, split.classes).save(folder / "mistakes.png")
+        names.append("mistakes.png")
+    return names

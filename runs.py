@@ -8,7 +8,6 @@ import json
 import math
 import os
 import re
-import shlex
 import signal
 import time
 from contextlib import ExitStack, contextmanager
@@ -22,12 +21,15 @@ from tqdm import tqdm
 import distributed
 import plots
 from checkpoint import read_checkpoint, save_checkpoint, write_atomically
-from datasets import DetectionDataset, cut_into_tiles
+from datasets import DetectionDataset
 from devices import autocast
 from errors import UserError
-from evaluate import draw_report, evaluate
+from evaluate import evaluate
 from mistakes import describe_thresholds, find_thresholds, judge
-from report import write_report
+from report import draw_report, write_report
+from resolve import as_options, describe_cost
+from tiles import cut_into_tiles
+from trackers import open_trackers, scalars_of
 
 try:
     import fcntl
@@ -461,45 +463,6 @@ class Run:
         )
 
 
-def describe_cost(train_seconds, step_seconds, steps_left, s, given, world):
-    """Lines that say how long a run will take and, beyond an hour, how to make it shorter.
-
-    train_seconds: so far; steps_left: at most; given: the command line's settings, None for a resumed run.
-    """
-    total = train_seconds + step_seconds * steps_left
-    if s.minutes:
-        total = min(total, 60 * s.minutes)
-    minutes = math.ceil(total / 60)
-    duration = f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
-    more = "" if s.eval_every else "; evaluation adds up to a tenth"
-    lines = [f"training will take about {duration} on this machine, {step_seconds:.2g} s a step{more}"]
-    if total <= 3600 or given is None:
-        return lines
-    start = "python train.py" if world == 1 else f"torchrun --nproc-per-node {world} train.py"
-    given = {key: value for key, value in given.items() if key not in ("epochs", "steps", "minutes", "out")}
-    given["minutes"] = 20
-    lines.append("for what twenty minutes can give, stop it with Ctrl-C and start it as:")
-    if s.image_size > 224:
-        smaller = max(224, s.image_size // 2 // 32 * 32)
-        lines.append(f"  {start} {as_options(given | {'image_size': smaller})}")
-    if s.backbone != "ecvit-nano" and not s.init:
-        of_the_backbone = "backbone", "backbone_weights", "size", "layers", "patch_size", "patch_resize", "image_size"
-        rest = {key: value for key, value in given.items() if key not in of_the_backbone}
-        lines.append(f"  {start} {as_options(rest | {'backbone': 'ecvit-nano'})}")
-    if len(lines) == 2:
-        lines.append(f"  {start} {as_options(given)}")
-    return lines
-
-
-def as_options(given):
-    """Settings from the command line -> the words that give them."""
-    words = []
-    for key, value in given.items():
-        option = key.replace("_", "-")
-        words += [f"--no-{option}" if value is False else f"--{option}"] + [str(value)] * (not isinstance(value, bool))
-    return shlex.join(words)
-
-
 def augmentation_phase(passes, progress, s):
     """passes over the data, progress in [0, 1) of the budget -> "plain", "varied" or "mixed", see EndlessBatches."""
     passes_left = passes * (1 - progress) / progress if progress else math.inf
@@ -546,61 +509,6 @@ def read_rows(log):
     """The lines of log.jsonl, without one that was cut off by a crash."""
     lines = log.read_text().splitlines(keepends=True) if log.exists() else []
     return [line for line in lines if line.endswith("}\n")]
-
-
-def open_trackers(folder, s):
-    """-> [function of {name: value} and a step], one for each tracker that was asked for. Raises UserError."""
-    trackers = []
-    for name, open_tracker in (("tensorboard", to_tensorboard), ("wandb", to_wandb), ("mlflow", to_mlflow)):
-        if getattr(s, name):
-            try:
-                trackers.append(open_tracker(folder, vars(s)))
-            except ImportError:
-                raise UserError(f"--{name}: {name} is not installed; pip install {name}") from None
-            except Exception as error:  # no server, no account: they raise many kinds
-                raise UserError(f"--{name}: {type(error).__name__}: {error}") from None
-    return trackers
-
-
-def to_tensorboard(folder, config):
-    from torch.utils.tensorboard import SummaryWriter
-
-    writer = SummaryWriter(str(folder))
-
-    def log(scalars, step):
-        for name, value in scalars.items():
-            writer.add_scalar(name, value, step)
-        writer.flush()
-
-    return log
-
-
-def to_wandb(folder, config):
-    import wandb
-
-    run = wandb.init(dir=str(folder), name=folder.name, config=config)
-    return lambda scalars, step: run.log(scalars, step=step)
-
-
-def to_mlflow(folder, config):
-    import mlflow
-
-    mlflow.start_run(run_name=folder.name)
-    mlflow.log_params({key: str(value)[:250] for key, value in config.items()})
-
-    def log(scalars, step):
-        mlflow.log_metrics({re.sub(r"[^\w./ -]", "_", name): value for name, value in scalars.items()}, step=step)
-
-    return log
-
-
-def scalars_of(row):
-    """A line of log.jsonl -> {name: value} for trackers."""
-    scalars = {f"losses/{name.removeprefix('loss_')}": value for name, value in row["losses"].items()}
-    for name, value in row.items():
-        if name.startswith(("AP", "AR", "class/")) and value >= 0:
-            scalars[f"validation/{name}"] = value
-    return scalars | {"lr": row["lr"], "loss": sum(row["losses"].values())}
 
 
 def draw_samples(dataset, detections, classes, count=6, threshold=0.4):

@@ -28,16 +28,18 @@ from torch.utils.data import DataLoader
 
 import distributed
 from checkpoint import data_of, read_checkpoint, start_from
-from datasets import DetectionDataset, EndlessBatches, aspect_ratios_of, collate, cut_into_tiles, evaluation_batches
+from datasets import DetectionDataset, EndlessBatches, aspect_ratios_of, collate, evaluation_batches
 from demo_data import make_demo
 from detr_model import build_model
 from devices import autocast, choose_precision
 from errors import UserError, run_script
-from evaluate import crowding
 from layouts import load_splits
+from metrics import crowding
 from optim import build_optimizers, learning_rate_factor, set_learning_rate, update_ema
+from resolve import resolve_settings
 from runs import Run
-from settings import Settings, parse_arguments, resolve_settings
+from settings import Settings, parse_arguments
+from tiles import cut_into_tiles
 from transforms import allow_large_images, detail_needed, eval_transforms, train_transforms
 
 DEMO = "data/demo"

@@ -27,7 +27,7 @@ ORIENTATION = 0x0112  # its number in EXIF
 SHORT_SIDE, LONG_SIDE = 800, 1333  # of an image at size 800; all lengths scale with the size
 
 
-# Transforms
+# Reading images
 
 # Formats are told apart by content, whatever the suffix. PIL knows many more, some of which run other programs.
 SAFE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")

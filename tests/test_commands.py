@@ -26,7 +26,7 @@ import train
 from backbones import BACKBONES, build_backbone
 from detr_model import DETECTORS
 from errors import run_script
-from runs import describe_cost
+from resolve import describe_cost
 from settings import Settings, build_parser
 
 SMALL = ["--backbone", "ecvit-nano", "--image-size", "48", "--batch-size", "4", "--num-queries", "10"]

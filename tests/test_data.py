@@ -17,13 +17,14 @@ from torchvision.ops import box_convert, box_iou
 import checks
 import demo_data
 import transforms
-from datasets import DetectionDataset, EndlessBatches, collate, group_by_aspect_ratio
+from datasets import DetectionDataset, EndlessBatches, choose_image_size, collate, group_by_aspect_ratio
 from demo_data import CLASSES, draw_picture, make_demo, overlap
 from errors import UserError
-from evaluate import batches_of, measure
-from layouts import Record, Split, load_splits
+from evaluate import batches_of
+from layouts import load_splits
+from metrics import measure
 from runs import augmentation_phase
-from settings import choose_image_size
+from splits import Record, Split
 from transforms import (
     MEAN,
     STD,

@@ -30,8 +30,9 @@ import transforms
 import video
 from backbones import build_backbone
 from checkpoint import read_checkpoint, save_checkpoint
-from detector import detect_in_tiles, load, to_image
+from detector import load, to_image
 from errors import UserError
+from tiles import detect_in_tiles
 
 
 class Squares(RedSquares):

@@ -19,8 +19,8 @@ from detector import load, to_supervision
 from detr_model import DETECTORS, build_model
 from errors import UserError
 from evaluate import evaluate
-from layouts import Split, make_record
 from settings import DEFAULTS
+from splits import Split, make_record
 from transforms import eval_transforms
 
 CLASSES = ["cat", "dog", "emu"]

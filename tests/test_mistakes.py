@@ -12,12 +12,14 @@ from pycocotools.cocoeval import COCOeval
 from test_commands import SMALL, called
 
 import evaluate
+import metrics
 import plots
 import runs
 import train
 from evaluate import suppressed
-from layouts import Split, load_splits, make_record
+from layouts import load_splits
 from mistakes import Case, cases_of, confusion, doubles, judge, worst
+from splits import Split, make_record
 
 
 def a_split():
@@ -113,18 +115,18 @@ def test_curves_are_coco_evaluations(tiny_data):
         }
         for i, r in enumerate(val.records)
     }
-    figures, curves = evaluate.measure(val, perfect)
+    figures, curves = metrics.measure(val, perfect)
     assert (
         set(curves) == {"kind 7", "kind 300"}
         and figures["AP50"] == pytest.approx(1)
         and all(ap == pytest.approx(1) and min(p) > 0.99 for ap, p in curves.values())
     )
     half = {i: {key: value[:1] for key, value in d.items()} for i, d in perfect.items()}  # the first class alone
-    figures, curves = evaluate.measure(val, half)
+    figures, curves = metrics.measure(val, half)
     assert curves["kind 7"][0] == pytest.approx(1) and curves["kind 300"][0] == 0
 
 
-HERE, of_a_class = os.getpid(), evaluate.class_curves
+HERE, of_a_class = os.getpid(), metrics.class_curves
 
 
 def elsewhere(task):
@@ -159,12 +161,12 @@ def many_detections():
 
 def test_figures_are_pycocotools_of_the_whole():
     split, found = many_detections()
-    truth = evaluate.coco_of(range(12), dict(enumerate(split.classes)), evaluate.annotations_of(split))
+    truth = metrics.coco_of(range(12), dict(enumerate(split.classes)), metrics.annotations_of(split))
     theirs = COCOeval(truth, truth.loadRes(evaluate.result_rows(found)), "bbox")
     theirs.evaluate()
     theirs.accumulate()
     theirs.summarize()
-    figures, curves = evaluate.measure(split, found)
+    figures, curves = metrics.measure(split, found)
     assert (
         list(figures.values())[:12] == theirs.stats.tolist()
         and 0 < figures["AP"] < 1
@@ -179,17 +181,17 @@ def test_figures_are_pycocotools_of_the_whole():
 
 @pytest.mark.skipif(
     sys.platform != "linux",
-    reason="evaluate.in_processes forks on Linux alone; elsewhere there is one process, as in the test above",
+    reason="metrics.in_processes forks on Linux alone; elsewhere there is one process, as in the test above",
 )
 def test_figures_are_the_same_in_several_processes_also_where_one_is_killed(monkeypatch):
     split, found = many_detections()
-    alone = evaluate.measure(split, found)
-    monkeypatch.setattr(evaluate, "MANY", 0)
-    monkeypatch.setattr(evaluate.os, "sched_getaffinity", lambda pid: {0, 1, 2})
-    monkeypatch.setattr(evaluate, "class_curves", elsewhere)
-    assert evaluate.measure(split, found) == alone
-    monkeypatch.setattr(evaluate, "class_curves", killed)
-    assert evaluate.measure(split, found) == alone  # done again here
+    alone = metrics.measure(split, found)
+    monkeypatch.setattr(metrics, "MANY", 0)
+    monkeypatch.setattr(metrics.os, "sched_getaffinity", lambda pid: {0, 1, 2})
+    monkeypatch.setattr(metrics, "class_curves", elsewhere)
+    assert metrics.measure(split, found) == alone
+    monkeypatch.setattr(metrics, "class_curves", killed)
+    assert metrics.measure(split, found) == alone  # done again here
 
 
 def test_cases_are_cut_out_where_they_are(tmp_path):
@@ -320,12 +322,12 @@ def test_more_objects_than_coco_counts_are_said_and_counted(capsys):
             "scores": torch.linspace(1, 0.5, 140),
         }
     }
-    figures, curves = evaluate.measure(split, found)
+    figures, curves = metrics.measure(split, found)
     assert figures["class/a"] == pytest.approx(100 / 140, abs=0.01) and figures["AP"] == pytest.approx(
         0.5 * 100 / 140, abs=0.01
     )
     assert figures["AP_all"] == pytest.approx(0.5) and len(curves["a"][1]) == 101
-    assert "140 objects of one class" in evaluate.crowding(split) and "AP_all" in evaluate.crowding(split)
+    assert "140 objects of one class" in metrics.crowding(split) and "AP_all" in metrics.crowding(split)
     for ignored in (True, False):
         few = Split(
             "val",
@@ -340,4 +342,4 @@ def test_more_objects_than_coco_counts_are_said_and_counted(capsys):
                 )
             ],
         )
-        assert evaluate.crowding(few) is None and "AP_all" not in evaluate.measure(few, found)[0]  # 70 of each
+        assert metrics.crowding(few) is None and "AP_all" not in metrics.measure(few, found)[0]  # 70 of each

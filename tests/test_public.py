@@ -16,7 +16,8 @@ import evaluate
 from checkpoint import read_checkpoint
 from detector import to_image
 from folder import Folder
-from layouts import fingerprint, load_splits
+from layouts import load_splits
+from splits import fingerprint
 from transforms import read_image
 
 

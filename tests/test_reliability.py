@@ -19,9 +19,9 @@ from PIL import Image
 from test_commands import SMALL, called, command
 from torture import disturbed
 
-import annotations
 import datasets
 import infer
+import layout_voc
 import runs
 import train
 from checkpoint import read_checkpoint, save_checkpoint, settings_of, write_atomically
@@ -437,7 +437,7 @@ def test_an_expanding_annotation_is_refused_at_once(tmp_path):
     for content in (BOMB, OUTSIDE):
         (tmp_path / "a.xml").write_text(content)
         with pytest.raises(UserError, match="a.xml: not a Pascal VOC annotation .it defines entities"):
-            annotations.read_voc_file(tmp_path / "a.xml")
+            layout_voc.read_voc_file(tmp_path / "a.xml")
     (tmp_path / "a.png").write_bytes(header_of(13000, 13000))
     with pytest.raises(OSError, match="169,000,000 pixels in .* a decompression bomb"):
         read_image(tmp_path / "a.png")

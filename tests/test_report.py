@@ -22,9 +22,9 @@ import train
 from checkpoint import read_checkpoint
 from detector import load
 from errors import UserError
-from evaluate import measure
-from layouts import Split, make_record
+from metrics import measure
 from mistakes import BACKGROUND, BOTH, CLASS, DUPLICATE, HIT, KINDS, LOCATION, judge
+from splits import Split, make_record
 
 CLASSES = ["cat", "dog", "cow"]
 

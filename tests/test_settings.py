@@ -7,10 +7,11 @@ import torch
 
 import distributed
 from errors import UserError
-from layouts import Split, make_record
 from optim import build_optimizers, learning_rate_factor, update_ema
+from resolve import resolve_settings
 from runs import augmentation_phase
-from settings import DEFAULTS, Settings, build_parser, resolve_settings
+from settings import DEFAULTS, Settings, build_parser
+from splits import Split, make_record
 from train import count_pieces
 
 

@@ -13,10 +13,12 @@ import datasets
 import evaluate
 import train
 from checkpoint import read_checkpoint
-from datasets import OVERLAP, VISIBLE, DetectionDataset, advise_tiles, cut_into_tiles, tiles_of
-from detector import detect_in_tiles, load
+from datasets import DetectionDataset, advise_tiles
+from detector import load
 from errors import UserError
-from layouts import Split, load_splits, make_record
+from layouts import load_splits
+from splits import Split, make_record
+from tiles import OVERLAP, VISIBLE, cut_into_tiles, detect_in_tiles, tiles_of
 from transforms import read_image
 
 

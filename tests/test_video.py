@@ -7,9 +7,9 @@ from PIL import Image, ImageDraw
 
 import infer
 import video
-from datasets import OVERLAP, tile_starts
-from detector import Detector, detect_in_tiles, merge
+from detector import Detector
 from errors import UserError
+from tiles import OVERLAP, detect_in_tiles, merge, tile_starts
 
 
 class RedSquares:

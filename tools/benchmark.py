@@ -47,9 +47,9 @@ from distributed import start_worker
 from ecdet_model import SIZES
 from ecvit import fuse
 from errors import UserError, run_script
-from evaluate import annotations_of, coco_of, measure
-from layouts import Record, Split
+from metrics import annotations_of, coco_of, measure
 from settings import DEFAULTS
+from splits import Record, Split
 from transforms import MEAN, STD, detail_needed, train_transforms
 
 # What is measured

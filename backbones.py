@@ -295,6 +295,7 @@ class ECViTBackbone(ecvit.ECViT):
     def __init__(self, name, spec, weights, freeze_norms):
         super().__init__(**ecvit.CONFIGS[name])
         self.name, self.size_divisor, self.freeze_norms = name, 32, freeze_norms
+        self.random_parts = ()  # that pretrained weights do not hold
         if weights is None:
             return
         state = read_state_dict(download(spec.source) if weights == "pretrained" else weights)
@@ -302,6 +303,7 @@ class ECViTBackbone(ecvit.ECViT):
             load_strictly(self, state, weights)
         else:
             load_strictly(self.backbone, state, weights)
+            self.random_parts = "projector", "skip"
             print(
                 f"{name}: the file holds only the transformer; the pyramid's 1x1 convolutions start from random weights"
             )

@@ -145,12 +145,12 @@ class SetCriterion(nn.Module):
         """outputs: a detector's; targets: B dicts with `labels` (T,) and `boxes` (T, 4) -> {name: weighted scalar}.
 
         The sum is the loss. Terms are divided by the number of objects in the batch, or by `objects`: where a batch
-        comes in pieces, the mean number in a piece, so that the mean of their losses is the batch's. Names of earlier
-        layers' terms end in _aux_0, _aux_1, ...
+        comes in pieces, the mean number in a piece of all processes, so that the mean of their losses is the batch's.
+        Names of earlier layers' terms end in _aux_0, _aux_1, ...
         """
         suffixes, logits, boxes = stack_layers(outputs)
         sizes, device = [len(t["labels"]) for t in targets], logits.device
-        total = average_count(sum(sizes), device) if objects is None else all_reduce_mean(objects, device)
+        total = average_count(sum(sizes), device) if objects is None else objects
         indices = to_device(number_in_batch(sizes, *self.matcher(logits, boxes, targets)), device)
         losses = self.losses(logits, boxes, indices, targets, suffixes, total)
         if outputs.get("denoising"):

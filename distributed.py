@@ -103,7 +103,7 @@ def average_count(count, device):
     if not is_distributed():
         return max(1, count)
     world = dist.get_world_size()
-    return float(all_reduce_mean(count, device).clamp(min=1 / world))
+    return all_reduce_mean(count, device).clamp(min=1 / world)
 
 
 def all_reduce_max(values, device):
@@ -266,10 +266,12 @@ def clip_gradients(parameters, longest):
 def start_worker(_=None):
     """worker_init_fn of DataLoaders and pools.
 
-    The worker ignores SIGINT, which the parent handles, dies with the parent, and keeps freed memory: returning it to
-    the kernel costs 25 % of loading.
+    The worker leaves signals to the parent, those to its whole group too, dies with the parent, and keeps freed memory:
+    returning it to the kernel costs 25 % of loading.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()  # torchrun and timeout send SIGTERM to the group
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if libc:
         set_parent_death_signal = 1

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from detr_loss import number_in_batch, pairwise_giou, quality_loss, repeat_matches, stack_layers, to_xyxy
-from distributed import all_reduce_mean, average_count
+from distributed import average_count
 from layers import to_device
 
 REG_MAX, REG_SCALE, UP = 32, 4.0, 0.5  # an edge's distribution: the number of its last bin, its scale, its reach
@@ -67,7 +67,7 @@ class RefinementCriterion(nn.Module):
         matches = number_in_batch([len(t["labels"]) for t in targets], *self.matcher(logits, boxes, targets))
         union = union_of_matches(*matches[1:], logits.shape[2])
         matches, union = to_device(matches, device), to_device(union, device)
-        total = average_count(len(labels), device) if objects is None else all_reduce_mean(objects, device)
+        total = average_count(len(labels), device) if objects is None else objects
         losses = self.losses(outputs, stacked, matches, union, ground_truth, total)
         if "denoising" in outputs:
             losses |= self.denoising_losses(outputs["denoising"], ground_truth)

@@ -77,7 +77,7 @@ def build_optimizers(model, s):
     groups = {}
     for name, parameter in model.named_parameters():
         lr, from_scratch = s.lr, s.init is None
-        if name.startswith("backbone."):
+        if name.startswith("backbone.") and name.split(".")[1] not in (s.random_parts or ()):
             lr = s.backbone_lr * s.layer_decay ** (last - depths[name.removeprefix("backbone.")])
             from_scratch = from_scratch and s.backbone_weights == "none"
         sharded = s.shard and name.startswith("backbone.")  # Muon needs whole matrices

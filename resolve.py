@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 from backbones import find_spec
-from checkpoint import SMALLEST_TILE
+from checkpoint import LARGEST, SMALLEST_TILE
 from datasets import advise_tiles, choose_image_size
 from devices import choose_device, choose_precision
 from ecdet_model import SIZES
@@ -25,6 +25,7 @@ QUERIES_ARE_WEIGHTS = ("detr-2020", "dino")  # elsewhere they are selected, as m
 AUGMENTATION = "augment", "color_jitter", "rotate", "mosaic", "plain_passes", "plain_end_passes"
 POSITIVE = "batch_size accumulate device_batch image_size tile num_queries decoder_layers patch_size".split()
 POSITIVE += "epochs steps minutes patience".split()
+WIDTHS = 8  # --hidden-dim is a multiple of it, for the groups of the norms
 
 
 def resolve_settings(given, train, initial=None):
@@ -89,7 +90,7 @@ def start_settings(given, initial):
         starts_trained = weights != "none" or initial
         recipe = "ecdet" if given.get("detector") == "ecdet" and starts_trained else "default"
     s = Settings(**RECIPES[recipe] | given | dict(recipe=recipe, backbone=backbone, backbone_weights=weights))
-    if given.get("mosaic"):
+    if given.get("mosaic") and "plain_passes" not in given:
         s.plain_passes = 0  # mosaics begin with the run
     if weights == "none" and not initial:  # random weights are neither worth keeping nor in danger
         s.freeze_backbone = given.get("freeze_backbone", 0.0)
@@ -100,9 +101,16 @@ def start_settings(given, initial):
 
 
 def check_values(s):
-    for key in POSITIVE.split():
+    for key in POSITIVE:
         if getattr(s, key) is not None and getattr(s, key) <= 0:
             raise UserError(f"{option(key)} has to be more than 0, not {getattr(s, key)}")
+    for key, largest in LARGEST.items():  # beyond, no checkpoint is opened
+        value = getattr(s, key)
+        if value is not None and not 1 <= value <= largest:
+            raise UserError(f"{option(key)} {value}: has to be in 1 .. {largest:,}")
+    for key in ("lr", "backbone_lr"):
+        if (getattr(s, key) or 0) < 0:
+            raise UserError(f"{option(key)} {getattr(s, key)}: has to be 0 or more")
     if (s.num_denoising or 0) < 0:
         raise UserError(f"--num-denoising has to be 0 or more, not {s.num_denoising}")
     if not 0 <= s.distinct < 1:
@@ -161,7 +169,7 @@ def resolve_model(s, train, initial):
         choose(s, "decoder_layers", SIZES[s.size]["layers"])
     else:
         choose(s, "hidden_dim", 128 if nano else 256)
-        choose(s, "num_heads", s.hidden_dim // 32)
+        choose(s, "num_heads", max(1, s.hidden_dim // 32))
         choose(s, "ffn_dim", 4 * s.hidden_dim)
         choose(s, "decoder_layers", 2 if nano else 6 if s.detector == "dino" else 3)
     if s.detector == "dino":
@@ -172,6 +180,10 @@ def resolve_model(s, train, initial):
     if s.detector == "dino" and not nano:
         choose(s, "num_queries", 900)
     choose(s, "num_queries", max(enough_queries(train), 300 if s.recipe == "ecdet" else 0))
+    if s.hidden_dim and s.hidden_dim % WIDTHS:
+        raise UserError(f"--hidden-dim {s.hidden_dim}: has to be a multiple of {WIDTHS}")
+    if s.detector != "ecdet" and s.hidden_dim % s.num_heads:
+        raise UserError(f"--num-heads {s.num_heads}: has to divide --hidden-dim, {s.hidden_dim}")
 
 
 def enough_queries(train):
@@ -183,8 +195,8 @@ def resolve_data(s, given, train):
     if given.get("flip") is None and have_sides(train.classes):
         s.flip = "none"
     smallest = 224 if s.backbone == "ecvit-nano" else 640
-    if s.tile and s.tile < SMALLEST_TILE:
-        raise UserError(f"--tile {s.tile}: has to be {SMALLEST_TILE} pixels or more")
+    if s.tile and not SMALLEST_TILE <= s.tile <= LARGEST["image_size"]:
+        raise UserError(f"--tile {s.tile}: has to be in {SMALLEST_TILE} .. {LARGEST['image_size']:,} pixels")
     if s.tile and given.get("image_size") is None:  # whatever a recipe or --init says: tiles are not resized
         s.image_size = s.tile // 32 * 32
     choose(s, "image_size", 128 if s.data is None else choose_image_size(train, smallest))
@@ -225,12 +237,12 @@ def resolve_budget(s, given, train):
             s.epochs = 100 if images < 5000 else 50 if images < 20000 else 24
     if s.warmup_steps is None:
         return
-    # A budget shorter than COCO's epochs: the warm-up takes at most a twentieth of it, and the last tenth is without
-    # augmentation.
     steps = min(s.steps or math.inf, (s.epochs or math.inf) * math.ceil(images / (s.batch_size * s.accumulate)))
     known = math.isfinite(steps) and not s.minutes
-    s.warmup = round(min(0.05, s.warmup_steps / steps if known else 0.05), 5)
-    if (steps < 100_000 or s.minutes) and given.get("plain_end") is None:
+    asked = given.get("warmup", 0.05 if s.recipe == "ecdet" else s.warmup or 0.05)
+    s.warmup = round(min(asked, s.warmup_steps / steps) if known else asked, 5)
+    is_shorter = steps < 100_000 or s.minutes  # than COCO's epochs: the last tenth is without augmentation
+    if s.recipe == "ecdet" and is_shorter and given.get("plain_end") is None:
         s.plain_end = 0.1
 
 

@@ -28,6 +28,7 @@ from evaluate import evaluate
 from mistakes import describe_thresholds, find_thresholds, judge
 from report import draw_report, write_report
 from resolve import as_options, describe_cost
+from settings import DEFAULTS
 from tiles import cut_into_tiles
 from trackers import open_trackers, scalars_of
 
@@ -82,6 +83,7 @@ class Run:
         self.stopped = False
         self.first_step, self.warm_seconds = self.state.step, self.state.train_seconds
         self.last_saved = -math.inf  # so that there is a last.pth from the first step on
+        self.save_due = False
         self.last_evaluation, self.evaluation_seconds = time.time(), 0.0
         self.figures = self.best_result = None  # of the latest evaluation; curves and detections of the best one
         self.skipped = self.skipped_before = 0  # steps without a finite gradient; by the end of the last epoch
@@ -146,7 +148,14 @@ class Run:
 
     @property
     def backbone_is_frozen(self):
-        return self.s.freeze_backbone == "all" or self.step // self.steps_per_epoch < self.s.freeze_backbone
+        freeze = self.s.freeze_backbone
+        return freeze == "all" or self.step < freeze * self.steps_per_epoch
+
+    @property
+    def lacks_last_evaluation(self):
+        """Whether a run that is resumed had failed in the evaluation at its end; all processes have to ask."""
+        rows = read_rows(self.folder / "log.jsonl") if self.resumed and self.progress >= 1 and self.is_main else None
+        return distributed.broadcast(rows is not None and not (rows and json.loads(rows[-1])["step"] == self.step))
 
     def phase(self, shown):
         """How the image after `shown` others is augmented, see datasets.EndlessBatches."""
@@ -165,6 +174,14 @@ class Run:
 
     # A step
 
+    def freeze_backbone(self):
+        """What the backbone's weights hold is trained or not, as it is time; what they don't is trained in any case."""
+        backbone, is_trained = self.model.backbone, not self.backbone_is_frozen
+        backbone.requires_grad_(is_trained).train(is_trained)
+        for name in self.s.random_parts or ():
+            if getattr(backbone, name) is not None:
+                getattr(backbone, name).requires_grad_(True).train()
+
     def begin_step(self):
         self.step_started, self.step_losses = time.time(), []
         if self.statistics:
@@ -182,7 +199,7 @@ class Run:
         """After a step with finite gradients."""
         for losses in self.step_losses:
             sums = self.state.loss_sums
-            self.state.loss_sums = {name: sums.get(name, 0.0) + value for name, value in losses.items()}
+            sums |= {name: sums.get(name, 0.0) + value for name, value in losses.items()}  # not each step has all terms
         self.state.loss_count += len(self.step_losses)
         self.bad_batches = []
 
@@ -377,7 +394,10 @@ class Run:
         return distributed.broadcast(ended and drawn)
 
     def say_nothing_is_left(self):
+        of_data = ["layout", "train_split", "val_split", "classes", "single_class", "tile", "flip", "allow_outside"]
+        of_data += ["skip_bad_images", "large_images", *(["val_fraction"] if self.train.is_fraction else [])]
         given = {"data": self.s.data, "init": str(self.folder / "best.pth")}
+        given |= {key: getattr(self.s, key) for key in of_data if getattr(self.s, key) != DEFAULTS[key]}
         print(f"nothing is left: the run ended after step {self.step}, best AP {self.state.best_ap:.3f}. To train on:")
         print(f"  python train.py {as_options(given)} --epochs {max(1, math.ceil(self.epoch / 2))}")
 

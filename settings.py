@@ -327,6 +327,7 @@ class Settings:
     value_range: list = None  # the training images', see transforms.common_range
     trained_on: str = None  # their fingerprint, see layouts.load_splits
     common_size: list = None  # (height, width) of most of them
+    random_parts: list = None  # of the backbone, that pretrained weights do not hold: they are trained like the rest
     version: str = VERSION  # of this code, which began the run
 
     @classmethod

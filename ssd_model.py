@@ -31,7 +31,7 @@ class SSDDetector(nn.Module):
         self.pyramid = build_pyramid(backbone, pyramid, STRIDES, hidden_dim)
         levels = len(self.pyramid.strides)
         # The scales of SSD300, spread over as many levels as there are.
-        scales = [0.07] + [0.15 + 0.9 * i / (levels - 1) for i in range(levels)]
+        scales = [0.07] + [0.15 + 0.9 * i / max(1, levels - 1) for i in range(levels)]
         aspect_ratios = [[2]] + [[2, 3]] * (levels - 1)
         self.boxes = DefaultBoxGenerator(aspect_ratios, scales=scales, steps=list(self.pyramid.strides))
         self.box_coder = ssd_parts(1 + num_classes).box_coder

@@ -58,6 +58,8 @@ def train():
     train_split, val_split, s, saved, initial = prepare(given, resume, device)
     torch.manual_seed(s.seed)
     model, criterion, postprocess = build_model(vars(s), load_weights=not saved)
+    if not saved:
+        s.random_parts = list(getattr(model.backbone, "random_parts", ()))
     if initial:
         start_from(model, initial, train_split.classes, s.init)
     model, ema = place(model, s, device)
@@ -71,19 +73,24 @@ def train():
 def fit(run, criterion, postprocess):
     """The training loop, for every detector -> exit status."""
     s, model, ema, optimizers, scaler, device = run.s, run.model, run.ema, run.optimizers, run.scaler, run.device
+    model.backbone.requires_grad_(True)  # DDP leaves out what has no gradient when it starts
     replica = distributed.replicate(model) if distributed.world_size() > 1 else model
     batches, val_loader = build_loaders(run, model.backbone.size_divisor)
     pieces = s.accumulate * count_pieces(s)
+    if run.lacks_last_evaluation:
+        run.evaluate(postprocess, val_loader)
+        run.finish_epoch()
 
     while not run.is_over:
         run.begin_step()
         model.train()
-        model.backbone.requires_grad_(not run.backbone_is_frozen).train(not run.backbone_is_frozen)
+        run.freeze_backbone()
         set_learning_rate(optimizers, run.state.lr_scale * learning_rate_factor(run.progress, s))
 
         step_batches = [next(batches) for _ in range(pieces)]
         run.show_batch(*step_batches[0])
-        objects = max(1, sum(len(t["labels"]) for *_, targets in step_batches for t in targets)) / pieces
+        objects = sum(len(t["labels"]) for *_, targets in step_batches for t in targets)
+        objects = distributed.average_count(objects, device) / pieces
         for i, (images, mask, targets) in enumerate(step_batches):
             replica.require_backward_grad_sync = i == pieces - 1  # processes exchange gradients once a step
             images, targets = to_device(images, targets, device)

@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -134,6 +136,54 @@ def test_two_processes_have_the_losses_of_one(detector, alone, also, tiny_data, 
     for name, value in one["losses"].items():
         assert two["losses"][name] == pytest.approx(value, rel=1e-5, abs=2e-5), name
     assert said.count("test: ") + said.count("val2017: ") == 1  # the second process prints nothing
+
+
+def test_background_alone_weighs_nothing_in_a_process(tiny_data, tmp_path, monkeypatch, capsys):
+    """Half of the images have no object: a process without any counts as none, not as one."""
+    data = shutil.copytree(tiny_data, tmp_path / "data")
+    file = next((data / "annotations").glob("*train*"))
+    content = json.loads(file.read_text())
+    ids = sorted(image["id"] for image in content["images"])[::2]
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] in ids]
+    file.write_text(json.dumps(content))
+    arguments = ["--data", data, *BACKBONE[:-4], "--batch-size", 2, "--precision", "float32", "--num-denoising", 0]
+    arguments += ["--steps", 8, "--lr", 1e-9, "--plain-end", 1]  # single images: some steps have a process without any
+    status, _, error = called(train.main, [*arguments, "--out", tmp_path / "one"], monkeypatch, capsys)
+    assert status == 0, error
+    together = torchrun(2, *arguments, "--out", tmp_path / "two", cwd=tmp_path)
+    said, _ = together.communicate(timeout=200)
+    assert together.returncode == 0, said
+    one, two = rows_of(tmp_path / "one")[0], rows_of(tmp_path / "two")[0]
+    for name, value in one["losses"].items():
+        assert two["losses"][name] == pytest.approx(value, rel=1e-4, abs=2e-5), name
+
+
+def test_all_of_a_backbone_has_a_gradient_before_ddp_starts(tiny_data, tmp_path, monkeypatch, capsys):
+    """DDP leaves out what has none then: MAE's fixed positions, which train.py trains, would drift apart."""
+    real, seen = train.build_model, []
+
+    def build(*arguments, **options):
+        model, *rest = real(*arguments, **options)
+        next(model.backbone.parameters()).requires_grad_(False)
+        return model, *rest
+
+    def replicate(model):
+        seen.append(all(p.requires_grad for p in model.backbone.parameters()))
+        return model
+
+    monkeypatch.setattr(train, "build_model", build)
+    monkeypatch.setattr(train.distributed, "replicate", replicate)
+    monkeypatch.setattr(train, "fit", partial(as_two, train.fit, monkeypatch))
+    arguments = ["--data", tiny_data, *BACKBONE, "--steps", 1, "--out", tmp_path / "run"]
+    status, _, error = called(train.main, arguments, monkeypatch, capsys)
+    assert status == 0 and seen == [True], error
+
+
+def as_two(fit, monkeypatch, *arguments):
+    """fit while there seem to be two processes, until they would be replicated."""
+    size = iter([2])
+    monkeypatch.setattr(train.distributed, "world_size", lambda: next(size, 1))
+    return fit(*arguments)
 
 
 def test_two_processes_evaluate_as_one_with_batch_norms(tiny_data, tmp_path, monkeypatch, capsys):

@@ -82,6 +82,7 @@ def test_muon_gets_the_inner_matrices_of_what_is_not_pretrained(weights, optimiz
         weight_decay=1e-4,
         decay_all=False,
         shard=False,
+        random_parts=None,
     )
     optimizers = optim.build_optimizers(model, settings)
     names = {id(p): name for name, p in model.named_parameters()}
@@ -127,6 +128,7 @@ def test_muon_leaves_the_scores_and_edges_of_an_ecdet_to_adamw():
         weight_decay=1e-4,
         decay_all=False,
         shard=False,
+        random_parts=None,
     )
     names = {id(p): name for name, p in model.named_parameters()}
     adamw, muon = (

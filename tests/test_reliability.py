@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -64,6 +65,48 @@ def test_a_disturbed_run_ends_with_the_weights_of_an_undisturbed_one(tmp_path):
     """Killed, then asked to stop in two ways."""
     sent, _ = disturbed(tmp_path, 3, [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], steps=48)
     assert sent >= 2
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="Windows has no groups of processes")
+def test_a_signal_to_the_whole_group_ends_a_run_with_loaders(tiny_data, tmp_path):
+    """As torchrun, timeout and schedulers send it: loaders must not die before the run is saved."""
+    arguments = ["--data", tiny_data, *SMALL, "--steps", 100_000, "--workers", 2, "--save-every", 1e6]
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *map(str, [*arguments, "--out", tmp_path / "run"])],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    for line in process.stdout:
+        if "training will take" in line:
+            break
+    os.killpg(process.pid, signal.SIGTERM)
+    said = process.stdout.read()
+    assert process.wait() == 130 and "stopped after step" in said, said
+    assert read_checkpoint(tmp_path / "run" / "last.pth")["training"]["step"] >= 10
+
+
+def test_terms_that_not_each_step_has_are_summed_up(tiny_data, tmp_path, monkeypatch, capsys):
+    """A batch without an object has no noisy copies."""
+    data = shutil.copytree(tiny_data, tmp_path / "data")
+    file = next((data / "annotations").glob("*train*"))
+    content = json.loads(file.read_text())
+    ids = sorted(image["id"] for image in content["images"])[::2]
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] in ids]
+    file.write_text(json.dumps(content))
+    real, sums = runs.Run.count_losses, []
+
+    def count(self):
+        sums.append(sum(float(v["loss_class_dn"]) for v in self.step_losses if "loss_class_dn" in v))
+        return real(self)
+
+    monkeypatch.setattr(runs.Run, "count_losses", count)
+    arguments = ["--data", data, *SMALL, "--batch-size", 1, "--num-denoising", 10, "--epochs", 1]
+    status, _, error = called(train.main, [*arguments, "--out", tmp_path / "run"], monkeypatch, capsys)
+    assert status == 0 and min(sums) == 0 < max(sums), error
+    row = json.loads((tmp_path / "run" / "log.jsonl").read_text())
+    assert row["losses"]["loss_class_dn"] == pytest.approx(sum(sums) / len(sums), rel=1e-3)
 
 
 def test_a_full_disk_leaves_the_old_checkpoint_whole(tmp_path):

@@ -17,7 +17,8 @@ from backbones import build_backbone
 from checkpoint import copy_classes, read_checkpoint, start_from
 from detr_model import DETECTORS, build_model
 from errors import UserError
-from settings import DEFAULTS
+from optim import build_optimizers
+from settings import DEFAULTS, Settings
 
 TINY = ["--backbone", "ecvit-nano", "--image-size", 48, "--batch-size", 4, "--num-queries", 10, "--workers", 0]
 
@@ -146,6 +147,71 @@ def test_a_failure_before_the_first_step_can_be_resumed(tiny_data, tmp_path, mon
     status, _, error = called(train.main, ["--resume", tmp_path / "run"], monkeypatch, capsys)
     assert status == 0, error
     same_weights(tmp_path / "whole", tmp_path / "run")
+
+
+def test_an_evaluation_that_failed_at_the_end_is_made_after_a_resume(tiny_data, tmp_path, monkeypatch, capsys):
+    arguments = ["--data", tiny_data, *TINY, "--steps", 4, "--eval-every", 99]
+    status, _, error = called(train.main, [*arguments, "--out", tmp_path / "whole"], monkeypatch, capsys)
+    assert status == 0, error
+
+    def fail(*_):
+        raise UserError("an image is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "evaluate", fail)
+        status, _, error = called(train.main, [*arguments, "--out", tmp_path / "run"], monkeypatch, capsys)
+    assert status == 2 and not (tmp_path / "run" / "best.pth").exists()
+    status, out, error = called(train.main, ["--resume", tmp_path / "run"], monkeypatch, capsys)
+    assert status == 0 and "best AP -inf" not in out, error
+    logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").open()] for name in ("whole", "run")]
+    assert [[row | {"minutes": 0} for row in rows] for rows in logs][0] == [r | {"minutes": 0} for r in logs[1]]
+    best = [read_checkpoint(tmp_path / name / "best.pth") for name in ("whole", "run")]
+    assert best[0]["figures"] == best[1]["figures"] and best[0]["thresholds"] == best[1]["thresholds"]
+    assert all(torch.equal(value, best[1]["model"][key]) for key, value in best[0]["model"].items())
+
+
+def test_what_weights_do_not_hold_is_trained_though_the_backbone_is_frozen(tiny_data, tmp_path, monkeypatch, capsys):
+    """The released ECViTs are transformers alone: the 1x1 convolutions of their pyramid are random."""
+    backbone = build_backbone("ecvitt")
+    torch.save(backbone.backbone.state_dict(), tmp_path / "trunk.pth")
+    arguments = ["--data", tiny_data, "--backbone", "ecvitt", "--backbone-weights", tmp_path / "trunk.pth"]
+    arguments += ["--detector", "ssd", *TINY[2:], "--freeze-backbone", "all", "--eval-every", 99, "--no-ema"]
+    for name, steps in (("whole", 4), ("run", 4)):
+        with monkeypatch.context() as patch:
+            if name == "run":
+                interrupted_at({2}, patch)
+            out = tmp_path / name
+            status, _, error = called(train.main, [*arguments, "--steps", steps, "--out", out], monkeypatch, capsys)
+            assert status == (130 if name == "run" else 0), error
+    status, _, error = called(train.main, ["--resume", tmp_path / "run"], monkeypatch, capsys)
+    assert status == 0, error
+    same_weights(tmp_path / "whole", tmp_path / "run")
+    content = read_checkpoint(tmp_path / "run" / "last.pth")
+    trunk = {key: value for key, value in content["model"].items() if key.startswith("backbone.backbone.")}
+    assert all(torch.equal(v, backbone.state_dict()[k.removeprefix("backbone.")]) for k, v in trunk.items())
+    norm = next(value for key, value in content["model"].items() if key.endswith("norm.running_mean"))
+    projector = {key: value for key, value in content["model"].items() if key.startswith("backbone.projector.")}
+    assert any(key.endswith("running_mean") and value.abs().sum() > 0 for key, value in projector.items()), norm
+    assert content["config"]["random_parts"] == ["projector", "skip"]
+    model = build_model(content["config"], load_weights=False)[0]
+    groups = build_optimizers(model, Settings.from_config(content["config"]))
+    rates = {id(p): group["lr"] for optimizer in groups for group in optimizer.param_groups for p in group["params"]}
+    lr = {name: rates[id(p)] for name, p in model.named_parameters()}
+    assert lr["backbone.projector.0.norm.weight"] == content["config"]["lr"] > lr["backbone.backbone.blocks.0.norm1.weight"]
+
+
+def test_a_new_run_is_told_to_train_on_the_same_data(tiny_data, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    options = ["--single-class", "--tile", 48, "--flip", "none"]
+    arguments = ["--data", tiny_data, *TINY[:2], *TINY[4:], *options, "--steps", 2, "--out", out]
+    status, _, error = called(train.main, arguments, monkeypatch, capsys)
+    assert status == 0, error
+    status, said, error = called(train.main, ["--resume", out], monkeypatch, capsys)
+    command = next(line for line in said.splitlines() if "--init" in line)
+    assert all(" ".join(map(str, words)) in command for words in (options[:1], options[1:3], options[3:]))
+    words = command.split()[2:]
+    status, said, error = called(train.main, [*words, "--workers", 0, "--out", tmp_path / "more"], monkeypatch, capsys)
+    assert status == 0, error
 
 
 def test_the_report_is_drawn_after_a_resume_too(tiny_data, tmp_path, monkeypatch, capsys):

@@ -376,6 +376,46 @@ def test_an_option_that_is_given_is_in_the_settings(option):
     json.dumps(vars(s), allow_nan=False)  # a run's config.json is JSON, also as other languages read it
 
 
+@pytest.mark.parametrize(
+    "given, warmup, plain_end",
+    [
+        ({"warmup_steps": 100, "steps": 5000}, 0.02, 0.15),
+        ({"warmup_steps": 500, "minutes": 60}, 0.03, 0.15),
+        ({"warmup_steps": 5000, "steps": 10_000, "warmup": 0.1}, 0.1, 0.15),
+        ({"warmup_steps": 100, "steps": 10_000, "warmup": 0.1}, 0.01, 0.15),
+        ({"detector": "ssd", "warmup_steps": 100, "steps": 5000}, 0.02, 1.0),
+        ({"recipe": "meta", "warmup_steps": 500, "steps": 12_500}, 0.04, 0.0),
+        ({"recipe": "ecdet", "size": "s", "warmup": 0.2, "steps": 1000}, 0.2, 0.1),
+        ({"recipe": "ecdet", "size": "s", "warmup": 0.0, "steps": 1000}, 0.0, 0.1),
+        ({"recipe": "ecdet", "size": "s", "steps": 1000}, 0.05, 0.1),
+    ],
+)
+def test_warmup_steps_limit_the_warmup_and_nothing_else(given, warmup, plain_end):
+    s = resolve_settings({"data": "mine"} | given, pictures(800))
+    assert (s.warmup, s.plain_end) == (warmup, plain_end)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"detector": "dino", "encoder_layers": 0}, "--encoder-layers 0: has to be in 1 .. 100"),
+        ({"hidden_dim": 100}, "--hidden-dim 100: has to be a multiple of 8"),
+        ({"hidden_dim": 128, "num_heads": 3}, "--num-heads 3: has to divide --hidden-dim, 128"),
+        ({"lr": -1.0}, "--lr -1.0: has to be 0 or more"),
+        ({"tile": 20_000}, "--tile 20000: has to be in 32 .. 10,000 pixels"),
+        ({"image_size": 20_000}, "--image-size 20000: has to be in 1 .. 10,000"),
+    ],
+)
+def test_settings_that_no_network_or_checkpoint_could_have_are_refused(given, message):
+    with pytest.raises(UserError, match=message):
+        resolve_settings({"data": "mine"} | given, pictures(800))
+
+
+def test_a_narrow_ssd_has_a_head_and_mosaics_wait_where_that_is_asked():
+    assert resolve_settings({"data": "mine", "detector": "ssd", "hidden_dim": 16}, pictures(800)).num_heads == 1
+    assert resolve_settings({"data": "mine", "mosaic": 0.4, "plain_passes": 8}, pictures(800)).plain_passes == 8
+
+
 def test_a_checkpoint_decides_how_many_queries_only_where_they_are_weights(capsys):
     free = resolve_settings(
         {"data": "mine", "init": "x", "image_size": 128}, pictures(800), OF_INIT | {"num_queries": 60}

@@ -36,8 +36,8 @@ def check(split, skip_bad_images=False):
     counts = Counter()
     for record, probe in zip(split.records, probes):
         set_size(record, probe.stored, probe.upright, counts)
-        clean_boxes(record, counts)
         counts["images have colours of 16 bits, of which the upper 8 count"] += probe.has_deep_colours
+    clean_boxes(split.records, counts)
     repeats = Counter(record.image_id for record in split.records)
     for record in split.records:
         if repeats[record.image_id] > 1:  # the same name in several folders
@@ -171,19 +171,24 @@ def set_size(record, stored, upright, counts):
         record.relative = False
 
 
-def clean_boxes(record, counts):
-    """Clips a Record's boxes to its image and drops the empty ones."""
-    if not len(record.boxes):
+def clean_boxes(records, counts):
+    """Clips the boxes of Records to their images and drops the empty ones, all at once as there may be millions."""
+    lengths = [len(record.boxes) for record in records]
+    if not sum(lengths):
         return
-    limit = np.array([record.width, record.height] * 2)
-    finite = np.isfinite(record.boxes).all(1)
-    boxes = np.where(finite[:, None], record.boxes, 0)
+    keys = "boxes", "labels", "areas", "ignored"
+    boxes, labels, areas, ignored = (np.concatenate([getattr(record, key) for record in records]) for key in keys)
+    limit = np.repeat([(record.width, record.height) * 2 for record in records], lengths, axis=0)
+    finite = np.isfinite(boxes).all(1)
+    boxes = np.where(finite[:, None], boxes, 0)
     clipped = boxes.clip(0, limit)
     sides = clipped[:, 2:] - clipped[:, :2]
     keep = finite & (sides > 0).all(1)
     outside = keep & (np.abs(clipped - boxes).max(1) > 1)  # less is rounding
     counts["boxes clipped to their image"] += int(outside.sum())
     counts["empty, inverted, outside or non-finite boxes dropped"] += int((~keep).sum())
-    record.boxes, record.labels, record.ignored = clipped[keep], record.labels[keep], record.ignored[keep]
-    areas = record.areas[keep]
-    record.areas = np.where(np.isfinite(areas) & (areas > 0), areas, sides[keep].prod(1))
+    areas = np.where(np.isfinite(areas) & (areas > 0), areas, sides.prod(1))
+    ends = np.searchsorted(np.repeat(np.arange(len(records)), lengths)[keep], np.arange(1, len(records)))
+    parts = [np.split(values[keep], ends) for values in (clipped, labels, areas, ignored)]
+    for record, *values in zip(records, *parts):
+        record.boxes, record.labels, record.areas, record.ignored = values

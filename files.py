@@ -1,5 +1,7 @@
 """Opening text files without trust: a broken or hostile one costs a message, and nothing else."""
 
+import contextlib
+import gc
 import os
 
 from errors import UserError
@@ -60,3 +62,15 @@ def require_string(value):
     if not isinstance(value, str):
         raise TypeError(f"{str(value)[:40]!r} is not a string")
     return value
+
+
+@contextlib.contextmanager
+def garbage_collection_paused():
+    """Searching millions of new objects for garbage takes a seventh to a quarter of the time, and there is none."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

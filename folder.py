@@ -56,6 +56,7 @@ class Folder:
         self.root, self.home = root, home
         self.by_stem = defaultdict(list)  # {stem: [Place]}
         self.by_end = defaultdict(list)  # {(last folder, stem) or (folders but the last, "beside", stem): [Place]}
+        self.files = set()
         self.image_folders, self.with_images = set(), {}  # {kinds of split: see has_part}
         self.moved = {}  # {file: path in an annotation} of those that lie elsewhere
         self.closed = []  # folders that are not looked into
@@ -83,6 +84,7 @@ class Folder:
                     stem, suffix = os.path.splitext(name)
                     place = Place((*folders, *more), stem, suffix.lower(), entry.path)
                     self.by_stem[stem].append(place)
+                    self.files.add(place.file)
                     self.by_end[place.folders[-1:], stem].append(place)
                     self.by_end[place.folders[:-1], "beside", stem].append(place)
                     if place.suffix in IMAGE_SUFFIXES:
@@ -194,6 +196,9 @@ class Folder:
 
         A path that leads out of the dataset counts only if nothing in it fits. What does not exist keeps its name.
         """
+        plain = os.path.join(folders[0], text)
+        if plain in self.files:  # nearly always
+            return Path(plain)
         exists = next((folder / text for folder in folders if os.path.exists(folder / text)), None)
         top = os.path.abspath(self.home or os.sep).rstrip(os.sep) + os.sep
         is_plain = exists is not None and (exists == folders[0] / text or ".." in text)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from checks import check
 from errors import UserError
-from files import require_inside
+from files import garbage_collection_paused, require_inside
 from folder import Folder, count_paths, listing
 from layout_coco import coco_files, read_coco
 from layout_voc import has_xml, read_voc, voc_devkits
@@ -20,6 +20,7 @@ from transforms import CLOSED_SUFFIXES, IMAGE_SUFFIXES
 VAL_FRACTION = 0.2  # of a dataset that has one part only
 
 
+@garbage_collection_paused()
 def load_splits(
     root,
     train_split=None,

@@ -1,7 +1,6 @@
 """COCO's figures of detections: those of pycocotools, computed class by class and in several processes."""
 
 import contextlib
-import gc
 import io
 import multiprocessing
 import os
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 
 from distributed import start_worker
+from files import garbage_collection_paused
 
 NAMES = "AP AP50 AP75 AP_small AP_medium AP_large AR_1 AR_10 AR_100 AR_small AR_medium AR_large".split()
 
@@ -152,18 +152,6 @@ def coco_of(images, classes, annotations):
     }
     coco.createIndex()
     return coco
-
-
-@contextlib.contextmanager
-def garbage_collection_paused():
-    """Searching millions of new dictionaries for garbage takes a seventh of the time, and there is none."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def in_processes(function, tasks, detections):

@@ -93,6 +93,8 @@ def choose_classes(split, classes, single_class, root):
 
     Raises UserError for a class that is not there.
     """
+    if not classes and not single_class:
+        return
     names = [name.strip() for name in classes.split(",")] if classes else split.classes
     for name in names:
         if name not in split.classes:

@@ -197,7 +197,11 @@ def test_what_weights_do_not_hold_is_trained_though_the_backbone_is_frozen(tiny_
     groups = build_optimizers(model, Settings.from_config(content["config"]))
     rates = {id(p): group["lr"] for optimizer in groups for group in optimizer.param_groups for p in group["params"]}
     lr = {name: rates[id(p)] for name, p in model.named_parameters()}
-    assert lr["backbone.projector.0.norm.weight"] == content["config"]["lr"] > lr["backbone.backbone.blocks.0.norm1.weight"]
+    assert (
+        lr["backbone.projector.0.norm.weight"]
+        == content["config"]["lr"]
+        > lr["backbone.backbone.blocks.0.norm1.weight"]
+    )
 
 
 def test_a_new_run_is_told_to_train_on_the_same_data(tiny_data, tmp_path, monkeypatch, capsys):

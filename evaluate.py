@@ -45,7 +45,7 @@ LOWEST_SCORE = 0.01  # of detections in tiles; there are many tiles
 
 @torch.no_grad()
 def evaluate(model, postprocess, loader, split, device, stop=None):
-    """Runs a model on a split -> (figures, curves, {record index: detections on the CPU}); see measure.
+    """Runs a model on a split -> (figures, curves, {record index: detections on the CPU}); see metrics.measure.
 
     With several processes, each one gets a part of the images, and all return the figures of the whole split.
     stop: called before every batch; once it returns True, the result is (None, None, None).
@@ -153,7 +153,8 @@ def load_run_splits(checkpoint, content, data=None, only_val=True, **options):
     layouts.load_splits, and large_images. Raises UserError."""
     config, trained_on = content["config"], content["config"].get("trained_on")
     of_run = {} if data else config  # these settings of the run say nothing about other data
-    folder = data or data_of(config, Path(checkpoint).parent)
+    own = data_of(config, Path(checkpoint).parent)
+    folder, is_own = data or own, not data or own is not None and os.path.realpath(data) == os.path.realpath(own)
     if folder is None:
         raise UserError(f"{checkpoint} does not say what data it was trained with; give --data DIR")
     allow_large_images(options.pop("large_images", False) or of_run.get("large_images", False))
@@ -167,7 +168,7 @@ def load_run_splits(checkpoint, content, data=None, only_val=True, **options):
         only_val=only_val,
         classes=config.get("classes"),
         single_class=config.get("single_class", False),
-        trained_on=trained_on if data and only_val else None,
+        trained_on=None if is_own or not only_val else trained_on,
     )
     asked = [options.get(key) for key in ("train_split", "val_split")]
     try:
@@ -176,7 +177,7 @@ def load_run_splits(checkpoint, content, data=None, only_val=True, **options):
         if not data or any(asked):
             raise
         splits = read()  # other data, whose splits have other names than the run's
-    if not data and trained_on not in (None, splits[0].fingerprint):
+    if is_own and trained_on not in (None, splits[0].fingerprint):
         print(f"warning: {folder}: the training images are no longer those of {checkpoint}; others may be among these")
     for split in splits[1:] if only_val else splits:
         match_classes(split, content, folder)
@@ -258,7 +259,8 @@ def evaluate_exported(arguments):
         raise UserError(f"--batch-size {arguments.batch_size}: an exported file gets image by image; leave it out")
     options = {"image_size": arguments.image_size, "precision": arguments.precision}
     detector = load(arguments.checkpoint, threshold=0.0, **options)
-    split = load_split(arguments, {"config": detector.about.get("data", {}), "classes": detector.classes})
+    names = {"classes": detector.classes, "category_ids": detector.category_ids}
+    split = load_split(arguments, {"config": detector.about.get("data", {}), **names})
     split.value_range = detector.value_range
     figures, curves, found, seconds = evaluate_one_by_one(detector, split)
     print(f"{arguments.checkpoint}: {1000 * seconds:.1f} ms an image")

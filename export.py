@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from checkpoint import load_detector
+from checkpoint import FILE_SUFFIXES, load_detector
 from demo_data import draw_picture
 from detector import ExportedDetector, canvas_size, load, to_canvas, to_image
 from devices import seconds_of
@@ -140,7 +140,7 @@ def drawn_image(config):
 def default_output(checkpoint, suffix):
     """A file, a folder or a name on the hub -> the path of the exported file: next to it, or here."""
     path = Path(checkpoint)
-    if path.is_file():
+    if path.is_file() or path.suffix in FILE_SUFFIXES:
         return path.with_suffix(suffix)
     path = path.resolve() if path.is_dir() else Path(path.name)
     return path.with_name(path.name + suffix)

@@ -23,7 +23,8 @@ CROWDED = 64  # files of one name: to compare all of them for each annotation wo
 PART = re.compile(r"(?<![a-z])(train|val|test)(?:ing|id|idation|set|data|images)?(?![a-z])")
 BOTH = re.compile(r"(?<![a-z])train[_-]?val(?![a-z])")
 # The last folder of images that are annotations themselves, such as annotations/trimaps
-MASKS = re.compile(r"trimap|mask|segm|^(annotations?|labels?|gt|ground.?truth|panoptic|semantic|instances?|depth)$")
+ANNOTATIONS = re.compile(r"^(annotations?|labels?)$")
+MASKS = re.compile(rf"trimap|mask|segm|{ANNOTATIONS.pattern}|^(gt|ground.?truth|panoptic|semantic|instances?|depth)$")
 by_path = attrgetter("folders", "file")
 
 
@@ -59,6 +60,7 @@ class Folder:
         self.files = set()
         self.image_folders, self.with_images = set(), {}  # {kinds of split: see has_part}
         self.moved = {}  # {file: path in an annotation} of those that lie elsewhere
+        self.strayed = set()  # files in a folder of another kind of split than they are for
         self.closed = []  # folders that are not looked into
         top = os.path.realpath(root)
         pending, links, seen, count = [((), str(root))], [], set(), 0
@@ -162,15 +164,20 @@ class Folder:
         by its name `split` or its kind, one of `parts`; then nearest to the folders `near`; then in images/. What lies
         in a folder of another kind of split fits only if `folders` names that, or no image lies in one of its own kind.
         """
-        ranks, near, has_own = [], tuple(near), self.has_part(parts) or any(p.stem.endswith("/") for p in places)
+        ranks, near, strayed = [], tuple(near), set()
+        has_own = self.has_part(parts) or any(place.stem.endswith("/") for place in places)
+        are_alike = len({place.suffix for place in places}) < 2
         homes = [tuple(folders), ("images", *folders), (*near, *folders), (*near, "images", *folders)]
         for place in places:
             shared = len(os.path.commonprefix([place.folders[::-1], tuple(folders)[::-1]]))
             others = {*parts_of(place.folders[: len(place.folders) - shared])} if parts else ()
-            is_own = 2 if split in place.folders else int(bool(others & {*parts})) if others else 0
-            if others and not is_own and has_own:
-                continue
-            is_meant = (shared or place.folders == near) and all(other.suffix == place.suffix for other in places)
+            is_own = 2 if split in place.folders else len(others & {*parts}) if others else 0
+            if others and not is_own:
+                if has_own:
+                    continue
+                strayed.add(place.file)
+            is_beside = place.folders == near and not ANNOTATIONS.search("".join(near[-1:]).lower())
+            is_meant = is_beside or are_alike and (shared or place.folders == near)
             is_photo = bool(is_meant) or not in_masks(place)
             near_by = len(os.path.commonprefix([place.folders, near]))
             plain = homes.index(place.folders) if place.folders in homes else -1
@@ -182,6 +189,8 @@ class Folder:
                 f"{self.root}: {str(text)[:200]!r} could be {ranks[0][1].file} or {ranks[1][1].file}; "
                 "leave one of them, or name its folder in the annotations"
             )
+        if ranks and ranks[0][1].file in strayed:
+            self.strayed.add(ranks[0][1].file)
         return ranks[0][1] if ranks else None
 
     def has_part(self, parts):
@@ -217,10 +226,13 @@ class Folder:
             where = {"near": place.folders, "parts": parts_of(place.folders)}
             images = self.named(place.stem, IMAGE_SUFFIXES, place.folders, place.folders)
             pairs.append((place, self.nearest(images, place.folders, place.file, **where)))
+        pairs.sort(key=lambda pair: bool(pair[1]) and disagree(*pair))  # those of another split come last
         beside = {place.folders for place, image in pairs if image and image.folders == place.folders}
         matched, unmatched = {}, []
         for place, image in pairs:
             if image is None or place.folders in beside and image.folders != place.folders:
+                unmatched.append(place.file)
+            elif image in matched and disagree(place, image):
                 unmatched.append(place.file)
             elif image in matched:
                 raise UserError(f"{image.file}: {matched[image].file} and {place.file} are both for it; remove one")
@@ -238,9 +250,20 @@ class Folder:
         return all(word in content for word in words)
 
 
+def disagree(one, other):
+    """Whether two Places lie in folders of different kinds of split."""
+    kinds, others = ({*parts_of(place.folders)} for place in (one, other))
+    return bool(kinds and others and not kinds & others)
+
+
 def in_masks(place):
     """Whether an image lies in a folder of masks: the last one whose name tells no split."""
-    return bool(MASKS.search(next((name.lower() for name in reversed(place.folders) if not parts_of([name])), "")))
+    return is_of_masks(next((name for name in reversed(place.folders) if not parts_of([name])), ""))
+
+
+def is_of_masks(name):
+    """Whether the name of a folder says that its images are masks."""
+    return bool(MASKS.search(name.lower()))
 
 
 def normal(name):

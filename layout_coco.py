@@ -30,11 +30,22 @@ def coco_files(folder):
     return [place for place in named if place.folders[-1:] == ("annotations",) or place.stem + ".json" == ROBOFLOW_FILE]
 
 
+def set_missing(split, folder, of_other):
+    """An image that was only found in the other Split's folder, and is the other's, is missing: sets its path so."""
+    strayed = folder.strayed & of_other
+    for record in split.records if strayed else ():
+        if str(record.path) in strayed:
+            kinds = parts_of(record.path.relative_to(folder.root).parts)
+            if not {*kinds} & {*parts_of([split.name])}:
+                record.path = folder.root / split.name / record.path.name
+
+
 def is_unlabelled(place, folder):
     """Whether a JSON file, which is not broken, has no annotations: a test set, or detections."""
     if folder.mentions(place, (b'"annotations"', b'"bbox"')):
         return False
     try:
+        require_inside(folder.home, [Path(place.file)])
         content = json.loads(read_text(Path(place.file)))
     except (UserError, ValueError, RecursionError):
         return False
@@ -52,7 +63,8 @@ def coco_words(place):
 def read_coco(folder, train=None, val=None):
     """A COCO file for each split -> [Split, Split], or one for all images -> [Split]. Raises UserError."""
     files, (train_words, val_words) = coco_files(folder), split_names(train, val)
-    unlabelled = [] if val or len(files) == 1 else [place for place in files if is_unlabelled(place, folder)]
+    candidates = [] if val or len(files) == 1 else [p for p in files if train_words[0].lower() not in coco_words(p)]
+    unlabelled = [place for place in candidates if is_unlabelled(place, folder)]
     files = [place for place in files if place not in unlabelled] or files
     if len(files) == 1 and not train:
         splits = [read_coco_file(files[0], folder)]
@@ -65,6 +77,8 @@ def read_coco(folder, train=None, val=None):
     splits = [read_coco_file(first, folder, train_words[0]), read_coco_file(second, folder, word)]
     leave_out_umbrella(splits)
     share_categories(folder.root, *splits)
+    for split, other in (splits, splits[::-1]):
+        set_missing(split, folder, {str(record.path) for record in other.records})
     return splits
 
 

@@ -1,6 +1,7 @@
 """Pascal VOC: lists of images in one devkit or several, or only images and an XML for each that has objects."""
 
 import os
+import re
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
 from pathlib import Path
@@ -41,13 +42,14 @@ def read_voc(folder, train=None, val=None):
 
 
 def refuse_mixed(folder, images):
-    """Raises UserError if one of some images without XML has YOLO's labels."""
+    """Raises UserError if one of some images without XML has YOLO's labels, beside it or in labels/."""
     for image in images:
         for place in folder.named(normal(image.stem), {".txt"}):
-            if looks_like_labels(place, folder.home):
+            is_near = Path(place.file).parent == image.parent or "labels" in place.folders
+            if is_near and looks_like_labels(place, folder.home):
                 raise UserError(
                     f"{image}: has no XML as others do, but {place.file}; use one format for all images "
-                    "(--layout yolo or voc takes one of them)"
+                    "(--layout yolo takes the text files)"
                 )
 
 
@@ -98,25 +100,26 @@ def voc_pairs(devkit, split, folder):
         else:  # neither is there, or both outside
             image, xml = None, annotations / f"{line}.xml"
             xml = xml if os.path.lexists(xml) else None
-        stems.append((stem, photos / f"{line if '..' in line else name}.jpg"))
+        inner = [part for part in re.split(r"[/\\]+", folders) if part]
+        stems.append((inner, stem, photos / f"{line if '..' in line else name}.jpg"))
         pairs.append((image, xml))
     images, xmls = (list(column) for column in zip(*pairs)) if pairs else ([], [])
     if not any(images):
-        images = [voc_elsewhere(folder, photos, stem, IMAGE_SUFFIXES, split) for stem, _ in stems]
+        images = [voc_elsewhere(folder, photos, *names, IMAGE_SUFFIXES, split) for *names, _ in stems]
     if not any(xmls):
-        xmls = [voc_elsewhere(folder, annotations, stem, {".xml"}, split) for stem, _ in stems]
-    return [(image or missing, xml) for image, xml, (_, missing) in zip(images, xmls, stems)]
+        xmls = [voc_elsewhere(folder, annotations, *names, {".xml"}, split) for *names, _ in stems]
+    return [(image or missing, xml) for image, xml, (*_, missing) in zip(images, xmls, stems)]
 
 
-def voc_elsewhere(folder, usual, stem, suffixes, split):
+def voc_elsewhere(folder, usual, folders, stem, suffixes, split):
     """The file of a name, with one of some suffixes, that is nearest to the folder where it should be -> path or None.
 
-    Raises UserError if several are as near.
+    folders: those in the list. Raises UserError if several are as near.
     """
     near = (*usual.parent.relative_to(folder.root).parts, usual.name)
     places = folder.named(normal(stem), suffixes, near=near)
-    places = [p for p in places if p.folders[: len(near) - 1] == near[:-1] and not in_masks(p) or p.suffix == ".xml"]
-    place = folder.nearest(places, (), stem, near=near, parts=parts_of([split]))
+    places = [p for p in places if p.folders[: len(near) - 1] == near[:-1] and (p.suffix == ".xml" or not in_masks(p))]
+    place = folder.nearest(places, folders, stem, near=near, parts=parts_of([split]))
     return Path(place.file) if place else None
 
 

@@ -8,7 +8,7 @@ import yaml
 
 from errors import UserError
 from files import MALFORMED, read_lines, read_text, require_inside, require_string
-from folder import MOST_LOOKED_INTO, count_paths, depth, normal, parts_of
+from folder import MOST_LOOKED_INTO, count_paths, depth, is_of_masks, normal, parts_of
 from splits import NO_IMAGE, NoSuchSplit, build_splits, images_of_splits, looks_like_labels, split_names
 from transforms import IMAGE_SUFFIXES
 
@@ -106,8 +106,10 @@ def yolo_sources(folder, data, path, train, val):
         entries = data[key] if isinstance(data[key], list) else [data[key]]
         if not all(isinstance(entry, str) for entry in entries):
             raise UserError(f"{path}: {key} is neither a folder nor a list of folders")
-        others = [data[k] for k in ("train", "val", "valid", "test") if k != key and isinstance(data.get(k), str)]
+        others = [value if isinstance(value, list) else [value] for k, value in data.items() if k not in (key, "names")]
+        others = [entry for values in (*others, entries) for entry in values if isinstance(entry, str)]
         images = [i for entry in entries for i in yolo_images(folder, entry, path, data.get("path"), key, others)]
+        images = list(dict.fromkeys(images))
         if key == "test" and sources and not val and not any(yolo_labels(folder, images)):
             break  # a challenge keeps its labels
         sources.append((key, images))
@@ -117,8 +119,8 @@ def yolo_sources(folder, data, path, train, val):
 def yolo_images(folder, entry, path, base, key, others=()):
     """The images of an entry of data.yaml, which is a folder or a text file with a list -> [path]. Raises UserError.
 
-    The entry is relative to `base`, to data.yaml's folder, or, in exports, to a folder next to that. others: the
-    entries of other keys; of a folder within the entry's, the images are theirs.
+    The entry is relative to `base`, to data.yaml's folder, or, in exports, to a folder next to that. others: all other
+    entries; of a folder within the entry's, the images are theirs. So are masks, below images, no images.
     """
     parent, parts = path.parent, parts_of([key])
     bases = [parent / base if base else parent, parent, parent / "images"]
@@ -133,13 +135,13 @@ def yolo_images(folder, entry, path, base, key, others=()):
         return [folder.locate(line, [place.parent], parts=parts) for line in read_lines(place)]
     inner = [os.path.relpath(other, entry) + os.sep for other in others if os.path.isabs(other) == os.path.isabs(entry)]
     inner = tuple(other for other in inner if not other.startswith("."))
-    images = []
-    for path in sorted(place.rglob("*")):
+    images, deeper = [], []
+    for path in sorted(p for p in place.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES):
         name = str(path.relative_to(place))
-        is_hidden = any(part.startswith(".") for part in name.split(os.sep))
-        if path.suffix.lower() in IMAGE_SUFFIXES and not is_hidden and not name.startswith(inner):
-            images.append(path)
-    return images
+        *folders, _ = parts = name.split(os.sep)
+        if not any(part.startswith(".") for part in parts) and not name.startswith(inner):
+            (deeper if any(map(is_of_masks, folders)) else images).append(path)
+    return images or deeper
 
 
 def yolo_labels(folder, images):
@@ -189,6 +191,8 @@ def read_yolo_yaml(path):
         text = read_text(path)
         data = yaml.safe_load(text)
         written = yaml.load(text, yaml.BaseLoader)["names"]  # no, 01, which are a boolean and a number otherwise
+        if not isinstance(data["names"], (str, list, dict)):
+            raise TypeError("names are neither a list nor a mapping")
         if isinstance(written, dict) and len(written) < len(data["names"]):
             raise ValueError("the keys of names have to be numbers, each once")
         names = class_names(written)

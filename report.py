@@ -134,7 +134,7 @@ def describe(split, findings, index, lowest):
 def draw_report(split, findings, thresholds, curves, folder):
     """Writes precision_recall.png, confusion.png and, if there are mistakes, mistakes.png -> their names in folder.
 
-    findings, thresholds: see mistakes.py; curves: see measure.
+    findings, thresholds: see mistakes.py; curves: see metrics.measure.
     """
 
     def load(index):

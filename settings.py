@@ -1,6 +1,6 @@
-"""Every setting of a training run: name, default, help; recipes; and what is chosen from the data.
+"""Every setting of a training run: name, default, help; and recipes.
 
-A setting without a default is chosen by `resolve_settings`, which prints its choices.
+A setting without a default is chosen by resolve.py, which prints its choices.
 """
 
 import argparse
@@ -325,7 +325,7 @@ class Settings:
     num_classes: int = None  # the dataset's
     data_from_run: str = None  # the path of the data, seen from the run's folder
     value_range: list = None  # the training images', see transforms.common_range
-    trained_on: str = None  # their fingerprint, see layouts.load_splits
+    trained_on: str = None  # their fingerprint, see splits.fingerprint
     common_size: list = None  # (height, width) of most of them
     random_parts: list = None  # of the backbone, that pretrained weights do not hold: they are trained like the rest
     version: str = VERSION  # of this code, which began the run

@@ -55,7 +55,7 @@ class Split:
     category_ids: list[int]
     records: list[Record]
     remarks: list[str] = field(default_factory=list)
-    umbrella: int | None = None  # the label of a class that may stand for all others, see leave_out_umbrella
+    umbrella: int | None = None  # the label of a class that may stand for all others, see layout_coco.py
     is_fraction: bool = False  # the dataset has one part only, and this is a fraction of it, see divide
     value_range: tuple | None = None  # of images with more than 8 bits, see transforms.common_range
     whole: "Split | None" = None  # what this Split holds the tiles of, see tiles.cut_into_tiles
@@ -120,7 +120,7 @@ def choose_classes(split, classes, single_class, root):
 def divide(whole, val_fraction, root, trained_on=None):
     """The one Split of a dataset -> [Split, Split], val_fraction of its images in the second. Raises UserError.
 
-    trained_on: see load_splits.
+    trained_on: see layouts.load_splits.
     """
     total = len(whole.records)
     val_count = round(val_fraction * total)
@@ -138,9 +138,16 @@ def divide(whole, val_fraction, root, trained_on=None):
 
 
 def fingerprint(records):
-    """-> a short text that tells the images of some Records from others, by the names of their files."""
-    names = sorted({record.path.name for record in records})
-    return hashlib.sha256(os.fsencode("\n".join(names))).hexdigest()[:16]
+    """-> a short text that tells the images of some Records from others, by the names and sizes of their files."""
+    files = sorted({f"{record.path.name} {file_size(record.path)}" for record in records})
+    return hashlib.sha256(os.fsencode("\n".join(files))).hexdigest()[:16]
+
+
+def file_size(path):
+    try:
+        return os.path.getsize(path)
+    except OSError:  # check says that it is missing
+        return None
 
 
 def subset(split, name, indices, remarks):
@@ -160,8 +167,8 @@ def split_names(train, val, val_names=("val", "test")):
 def images_of_splits(folder, annotations, train, val):
     """{image Place: Place of its annotation} -> [(split name, [image path])], or one with all images. Raises UserError.
 
-    Lists such as train.txt tell the split of an image, or the innermost of its folders, or its annotation's, that
-    begins with the name of a split. An image without an annotation counts if another one in its folder has one.
+    Lists such as train.txt tell the split of an image, or else folders, see told_by_folders. An image without an
+    annotation counts if another one in its folder has one.
     """
     used = {image.folders for image in annotations}
     images = [image for image in folder.places(IMAGE_SUFFIXES) if image.folders in used]
@@ -191,9 +198,9 @@ def images_of_splits(folder, annotations, train, val):
 def told_by_folders(pairs, words, given):
     """[(image Place, annotation Place or None)] -> for each (split word, name of the folder that tells it), or None.
 
-    Of an image's folders, or else its annotation's, the one that tells it most clearly counts. Of several, the
-    outermost, if these differ between the images (val/train/a.jpg may be a class called train), or else the innermost.
-    given: the words that the user chose.
+    Of an image's folders, or else its annotation's, the one that tells it most clearly counts. Of several it is the
+    innermost, as in trainval/val, unless that is a class called Train in folders of several splits. given: the words
+    that the user chose.
     """
     clear = []
     for places in pairs:
@@ -205,8 +212,15 @@ def told_by_folders(pairs, words, given):
         clear.append([entry for entry in told if entry[0] == best])
     if len({word for told in clear for _, word, _ in told}) < 2:  # a single name such as bullet_train says nothing
         clear = [[entry for entry in told if entry[0] > 1] for told in clear]
-    outermost = {told[0][1] for told in clear if told}
-    return [(told[0] if len(outermost) > 1 else told[-1])[1:] if told else None for told in clear]
+    outer = {told[0][1] for told in clear if told}
+    below, above = defaultdict(set), defaultdict(set)  # {outermost word: innermost ones}, the other way round
+    for told in clear:
+        if len(told) > 1:
+            below[told[0][1]].add(told[-1][1])
+            above[told[-1][1]].add(told[0][1])
+    are_classes = any(len(words) > 1 for words in above.values()) or all(len(words) < 2 for words in below.values())
+    place = 0 if are_classes and len(outer) > 1 else -1
+    return [told[place][1:] if told else None for told in clear]
 
 
 def clarity(name, words, given):

@@ -227,6 +227,7 @@ def test_exported_files_are_called_like_what_they_come_from(tmp_path, monkeypatc
         (".", tmp_path / "v1.5.onnx"),
         (tmp_path / "best.x.pth", tmp_path / "best.x.onnx"),
         ("me/cats-v1.0", Path("cats-v1.0.onnx")),  # of the hub
+        ("models/ecdet_s.pth", Path("models/ecdet_s.onnx")),  # to be downloaded
     ):
         assert export.default_output(source, ".onnx") == name
 

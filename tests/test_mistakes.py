@@ -162,7 +162,7 @@ def many_detections():
 def test_figures_are_pycocotools_of_the_whole():
     split, found = many_detections()
     truth = metrics.coco_of(range(12), dict(enumerate(split.classes)), metrics.annotations_of(split))
-    theirs = COCOeval(truth, truth.loadRes(evaluate.result_rows(found)), "bbox")
+    theirs = COCOeval(truth, truth.loadRes(metrics.result_rows(found)), "bbox")
     theirs.evaluate()
     theirs.accumulate()
     theirs.summarize()

@@ -13,6 +13,7 @@ from test_export import write_checkpoint
 
 import datasets
 import evaluate
+import export
 from checkpoint import read_checkpoint
 from detector import to_image
 from folder import Folder
@@ -200,7 +201,7 @@ def test_labels_of_two_kinds_are_refused(tmp_path):
         draw(tmp_path / f"images/{i}.png")
         write(tmp_path / f"labels/{i}.txt", yolo_line())
     write_xml(tmp_path / "xml/0.xml")
-    refused(tmp_path, "images/1.png: has no XML as others do, but .*labels/1.txt.*--layout yolo or voc")
+    refused(tmp_path, "images/1.png: has no XML as others do, but .*labels/1.txt.*--layout yolo takes")
     assert sum(len(split.records) for split in load_splits(tmp_path, layout="yolo")) == 4
 
 
@@ -253,6 +254,100 @@ def test_a_path_of_data_yaml_may_be_absolute(labels, tmp_path, monkeypatch, caps
     splits = load_splits("mine")
     assert boxes(splits) == {BOX} and "no annotation file" not in said(splits)
     assert "belong to neither split" not in capsys.readouterr().out
+
+
+# What must not be taken for something else
+
+
+def test_a_missing_split_does_not_take_the_images_of_the_other(tmp_path):
+    """Both parts have 0.png; those of val are not there."""
+    for i in range(3):
+        draw(tmp_path / f"images/train/{i}.png")
+    for part, count in (("train", 3), ("val", 2)):
+        write_json(tmp_path / f"annotations/{part}.json", [f"{i}.png" for i in range(count)])
+    refused(tmp_path, "val: 2 of 2 images can't be read .*val/0.png: missing")
+
+
+@pytest.mark.parametrize("form", ["yolo", "voc"])
+def test_labels_of_a_missing_split_stay_without_images(form, tmp_path):
+    for part, count in (("train", 3), ("val", 2)):
+        for i in range(count):
+            if part == "train":
+                draw(tmp_path / f"images/train/{i}.png")
+            if form == "yolo":
+                write(tmp_path / f"labels/{part}/{i}.txt", yolo_line())
+            else:
+                write_xml(tmp_path / f"Annotations/{part}/{i}.xml")
+    splits = load_splits(tmp_path, val_fraction=0.4)
+    assert [len(split.records) for split in splits] == [2, 1] and boxes(splits) == {BOX}
+
+
+def test_a_devkit_does_not_take_the_boxes_of_another(tmp_path):
+    for devkit in ("VOC_a", "VOC_b"):
+        for i in range(4):
+            draw(tmp_path / devkit / f"JPEGImages/{i}.png")
+            if devkit == "VOC_a":
+                write_xml(tmp_path / devkit / f"Annotations/{i}.xml")
+        write(tmp_path / devkit / "ImageSets/Main/train.txt", "0\n1\n2\n")
+        write(tmp_path / devkit / "ImageSets/Main/val.txt", "3\n")
+    train, _ = load_splits(tmp_path)
+    assert sorted(len(record.boxes) for record in train.records) == [0, 0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("val", ["[images/val]", "images/val", "images/val/"])
+def test_the_images_of_another_entry_are_not_this_ones(val, tmp_path):
+    for i in range(3):
+        draw(tmp_path / f"images/{i}.png")
+        draw(tmp_path / f"images/masks/{i}.png")
+        write(tmp_path / f"labels/{i}.txt", yolo_line())
+    for i in range(2):
+        draw(tmp_path / f"images/val/{i}.png")
+        write(tmp_path / f"labels/val/{i}.txt", yolo_line())
+    write(tmp_path / "data.yaml", f"train: [images, images]\nval: {val}\nnames: [cat]\n")
+    assert [len(split.records) for split in load_splits(tmp_path)] == [3, 2]
+
+
+@pytest.mark.parametrize("outer", ["trainval", "train"])
+def test_splits_within_a_split_are_the_innermost(outer, tmp_path):
+    for folder, count in ((f"{outer}/train", 4), (f"{outer}/val", 3), ("test", 2)):
+        for i in range(count):
+            draw(tmp_path / folder / f"{i}.png")
+            write_xml(tmp_path / folder / f"{i}.xml")
+    assert [len(split.records) for split in load_splits(tmp_path)] == [4, 3]
+
+
+def test_an_image_beside_its_annotation_is_its_image(tmp_path):
+    for i in range(4):
+        draw(tmp_path / f"with_mask/{i}.png")
+        draw(tmp_path / f"plain/{i}.jpg")
+        write_xml(tmp_path / f"with_mask/{i}.xml")
+    found = [path for split in load_splits(tmp_path) for path in paths(split, tmp_path)]
+    assert sorted(found) == [f"with_mask/{i}.png" for i in range(4)]
+
+
+def test_texts_elsewhere_are_no_labels(tmp_path):
+    for i in range(5):
+        draw(tmp_path / f"images/{i}.png")
+        if i:
+            write_xml(tmp_path / f"annotations/{i}.xml")
+    write(tmp_path / "results/0.txt", "0 0.5 0.5 0.2 0.3")
+    assert sum(len(split.records) for split in load_splits(tmp_path)) == 5
+
+
+def test_a_training_file_without_annotations_is_not_left_out(tmp_path):
+    for part in ("train", "val"):
+        for i in range(3):
+            draw(tmp_path / part / f"{i}.png")
+        write_json(tmp_path / f"{part}.json", [f"{i}.png" for i in range(3)])
+    data = json.loads((tmp_path / "train.json").read_text()) | {"annotations": []}
+    write(tmp_path / "train.json", json.dumps(data))
+    refused(tmp_path, "the training split 'train' has 3 images but no box")
+
+
+@pytest.mark.parametrize("names", ["", "~", "null", "3"])
+def test_names_that_are_none_are_refused(names, tmp_path):
+    yolo_parts(tmp_path, f"names: {names}")
+    refused(tmp_path, "not a YOLO data.yaml")
 
 
 # Sequences with the same names
@@ -320,6 +415,22 @@ def test_of_the_runs_own_data_only_validation_images_are(of_run, tmp_path, monke
     shutil.move(root, tmp_path / "moved")
     status, said = evaluated([file, "--data", tmp_path / "moved"], monkeypatch, capsys)
     assert status == 0 and "val: 2 images, 4 boxes" in said, said
+
+
+def test_of_the_runs_own_folder_too_though_it_has_changed(tmp_path, monkeypatch, capsys):
+    root = holdout(tmp_path / "data", names=("kind 1", "kind 2"))
+    file = checkpoint(tmp_path / "best.pth", trained_on="fewer images", val_fraction=0.5, data=str(root))
+    for options in ([], ["--data", root]):
+        status, said = evaluated([file, *options], monkeypatch, capsys)
+        assert status == 0 and "val: 2 images" in said and "are no longer those of" in said, said
+
+
+def test_an_exported_file_is_evaluated_on_classes_in_another_order(tmp_path, monkeypatch, capsys):
+    file = checkpoint(tmp_path / "best.pth", trained_on="of others")
+    status, _, error = called(export.main, [file, "--format", "torch"], monkeypatch, capsys)
+    assert status == 0, error
+    status, said = evaluated([tmp_path / "best.pt2", "--data", holdout(tmp_path / "data")], monkeypatch, capsys)
+    assert status == 0 and "images: 4 images, 8 boxes" in said, said
 
 
 def test_the_names_of_the_runs_splits_are_not_asked_of_other_data(tmp_path, monkeypatch, capsys):

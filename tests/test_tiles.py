@@ -139,6 +139,6 @@ def test_a_tile_decides_the_image_size_whatever_else_does(tmp_path, monkeypatch,
     data = write_coco(tmp_path / "data", {"train": 4, "val": 2})
     arguments = ["--data", data, "--backbone", "ecvit-nano", "--steps", 1, "--batch-size", 2, "--out", tmp_path / "run"]
     status, _, error = called(train.main, [*arguments, "--tile", 16], monkeypatch, capsys)
-    assert status == 2 and "--tile 16: has to be 32 pixels or more" in error and error.count("\n") == 1
+    assert status == 2 and "--tile 16: has to be in 32 .. 10,000 pixels" in error and error.count("\n") == 1
     status, out, error = called(train.main, [*arguments, "--tile", 40, "--detector", "ecdet"], monkeypatch, capsys)
     assert status == 0 and "image_size=32" in out, error

@@ -23,8 +23,8 @@ CROWDED = 64  # files of one name: to compare all of them for each annotation wo
 PART = re.compile(r"(?<![a-z])(train|val|test)(?:ing|id|idation|set|data|images)?(?![a-z])")
 BOTH = re.compile(r"(?<![a-z])train[_-]?val(?![a-z])")
 # The last folder of images that are annotations themselves, such as annotations/trimaps
-ANNOTATIONS = re.compile(r"^(annotations?|labels?)$")
-MASKS = re.compile(rf"trimap|mask|segm|{ANNOTATIONS.pattern}|^(gt|ground.?truth|panoptic|semantic|instances?|depth)$")
+ANNOTATIONS = re.compile(r"^(annotations?|labels?|xmls?|masks?|gt|ground.?truth|panoptic|semantic|instances?|depth)$")
+MASKS = re.compile(rf"trimap|mask|segm|{ANNOTATIONS.pattern}")
 by_path = attrgetter("folders", "file")
 
 
@@ -176,7 +176,7 @@ class Folder:
                 if has_own:
                     continue
                 strayed.add(place.file)
-            is_beside = place.folders == near and not ANNOTATIONS.search("".join(near[-1:]).lower())
+            is_beside = place.folders == near and not ANNOTATIONS.search(own_name(near))
             is_meant = is_beside or are_alike and (shared or place.folders == near)
             is_photo = bool(is_meant) or not in_masks(place)
             near_by = len(os.path.commonprefix([place.folders, near]))
@@ -258,7 +258,12 @@ def disagree(one, other):
 
 def in_masks(place):
     """Whether an image lies in a folder of masks: the last one whose name tells no split."""
-    return is_of_masks(next((name for name in reversed(place.folders) if not parts_of([name])), ""))
+    return is_of_masks(own_name(place.folders))
+
+
+def own_name(folders):
+    """The last of some folders' names that tells no split, in lower case."""
+    return next((name.lower() for name in reversed(folders) if not parts_of([name])), "")
 
 
 def is_of_masks(name):

@@ -118,7 +118,9 @@ def voc_elsewhere(folder, usual, folders, stem, suffixes, split):
     """
     near = (*usual.parent.relative_to(folder.root).parts, usual.name)
     places = folder.named(normal(stem), suffixes, near=near)
-    places = [p for p in places if p.folders[: len(near) - 1] == near[:-1] and (p.suffix == ".xml" or not in_masks(p))]
+    if len(voc_devkits(folder)) > 1:
+        places = [place for place in places if place.folders[: len(near) - 1] == near[:-1]]
+    places = [place for place in places if place.suffix == ".xml" or not in_masks(place)]
     place = folder.nearest(places, folders, stem, near=near, parts=parts_of([split]))
     return Path(place.file) if place else None
 

@@ -13,6 +13,7 @@ from splits import NO_IMAGE, NoSuchSplit, build_splits, images_of_splits, looks_
 from transforms import IMAGE_SUFFIXES
 
 MOST_CLASSES = 10_000  # a number of a class beyond is a mistake
+NO_ENTRIES = "path", "names", "download"  # keys of data.yaml that name no images
 YAML_NAMES = ("data.yaml", "data.yml", "dataset.yaml", "obj.data")
 
 
@@ -106,8 +107,10 @@ def yolo_sources(folder, data, path, train, val):
         entries = data[key] if isinstance(data[key], list) else [data[key]]
         if not all(isinstance(entry, str) for entry in entries):
             raise UserError(f"{path}: {key} is neither a folder nor a list of folders")
-        others = [value if isinstance(value, list) else [value] for k, value in data.items() if k not in (key, "names")]
-        others = [entry for values in (*others, entries) for entry in values if isinstance(entry, str)]
+        others = [
+            value if isinstance(value, list) else [value] for k, value in data.items() if k not in (key, *NO_ENTRIES)
+        ]
+        others = [entry for values in (*others, entries) for entry in values if isinstance(entry, str) and entry]
         images = [i for entry in entries for i in yolo_images(folder, entry, path, data.get("path"), key, others)]
         images = list(dict.fromkeys(images))
         if key == "test" and sources and not val and not any(yolo_labels(folder, images)):
@@ -141,7 +144,9 @@ def yolo_images(folder, entry, path, base, key, others=()):
         *folders, _ = parts = name.split(os.sep)
         if not any(part.startswith(".") for part in parts) and not name.startswith(inner):
             (deeper if any(map(is_of_masks, folders)) else images).append(path)
-    return images or deeper
+    if images:
+        deeper = [image for image, label in zip(deeper, yolo_labels(folder, deeper)) if label]
+    return sorted(images + deeper)
 
 
 def yolo_labels(folder, images):

@@ -180,9 +180,9 @@ def resolve_model(s, train, initial):
     if s.detector == "dino" and not nano:
         choose(s, "num_queries", 900)
     choose(s, "num_queries", max(enough_queries(train), 300 if s.recipe == "ecdet" else 0))
-    if s.hidden_dim and s.hidden_dim % WIDTHS:
+    if s.detector in ("detr", "dino") and s.hidden_dim % WIDTHS:
         raise UserError(f"--hidden-dim {s.hidden_dim}: has to be a multiple of {WIDTHS}")
-    if s.detector != "ecdet" and s.hidden_dim % s.num_heads:
+    if s.detector in ("detr", "detr-2020", "dino") and s.hidden_dim % s.num_heads:
         raise UserError(f"--num-heads {s.num_heads}: has to divide --hidden-dim, {s.hidden_dim}")
 
 

@@ -39,6 +39,9 @@ def draw_mask(path):
         ("images/{}.jpg", "labels/{}.txt", "labels/{}.png"),
         ("data/photos/{}.jpg", "data/labels/{}.txt", "data/seg_masks/{}.png"),
         ("JPEGImages/{}.jpg", "Annotations/{}.xml", "SegmentationClass/{}.png"),
+        ("images/train/{}.jpg", "annotations/train/{}.xml", "annotations/train/{}.png"),
+        ("images/train/{}.jpg", "labels/train/{}.txt", "labels/train/{}.png"),
+        ("images/{}.jpg", "gt/{}.xml", "gt/{}.png"),
     ],
 )
 def test_masks_are_not_taken_for_images(image, annotation, mask, tmp_path):
@@ -280,6 +283,26 @@ def test_labels_of_a_missing_split_stay_without_images(form, tmp_path):
                 write_xml(tmp_path / f"Annotations/{part}/{i}.xml")
     splits = load_splits(tmp_path, val_fraction=0.4)
     assert [len(split.records) for split in splits] == [2, 1] and boxes(splits) == {BOX}
+
+
+def test_labelled_images_in_a_folder_called_masked_are_images(tmp_path):
+    for kind in ("masked", "bare"):
+        for part, count in (("train", 3), ("val", 2)):
+            for i in range(count):
+                draw(tmp_path / f"images/{part}/{kind}/{i}.png")
+                write(tmp_path / f"labels/{part}/{kind}/{i}.txt", yolo_line())
+    write(tmp_path / "data.yaml", "path: ''\ndownload: ''\ntrain: images/train\nval: images/val\nnames: [cat]\n")
+    assert [len(split.records) for split in load_splits(tmp_path)] == [6, 4]
+
+
+def test_a_single_devkit_takes_annotations_beside_it(tmp_path):
+    for i in range(4):
+        draw(tmp_path / f"VOC/JPEGImages/{i}.png")
+        write_xml(tmp_path / f"Annotations/{i}.xml")
+    write(tmp_path / "VOC/ImageSets/Main/train.txt", "0\n1\n2\n")
+    write(tmp_path / "VOC/ImageSets/Main/val.txt", "3\n")
+    splits = load_splits(tmp_path)
+    assert boxes(splits) == {BOX} and sum(len(r.boxes) for split in splits for r in split.records) == 4
 
 
 def test_a_devkit_does_not_take_the_boxes_of_another(tmp_path):

@@ -413,6 +413,7 @@ def test_settings_that_no_network_or_checkpoint_could_have_are_refused(given, me
 
 def test_a_narrow_ssd_has_a_head_and_mosaics_wait_where_that_is_asked():
     assert resolve_settings({"data": "mine", "detector": "ssd", "hidden_dim": 16}, pictures(800)).num_heads == 1
+    assert resolve_settings({"data": "mine", "detector": "ssd", "hidden_dim": 100}, pictures(800)).hidden_dim == 100
     assert resolve_settings({"data": "mine", "mosaic": 0.4, "plain_passes": 8}, pictures(800)).plain_passes == 8
 
 

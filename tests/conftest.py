@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import sys
 import zlib
@@ -85,6 +86,17 @@ def write_coco(root, splits, category_ids=(1, 2), size=(64, 48), annotations_fol
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
     return root
+
+
+def half_background(source, folder):
+    """A copy of a COCO dataset, in a folder, in which every other training image has no object."""
+    shutil.copytree(source, folder)
+    file = next((folder / "annotations").glob("*train*"))
+    content = json.loads(file.read_text())
+    ids = sorted(image["id"] for image in content["images"])[::2]
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] in ids]
+    file.write_text(json.dumps(content))
+    return folder
 
 
 def tiny_config(detector, backbone="ecvit-nano", **more):

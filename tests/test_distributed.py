@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, half_background
 from test_commands import SMALL, called
 from test_speed import CONFIG
 
@@ -140,12 +139,7 @@ def test_two_processes_have_the_losses_of_one(detector, alone, also, tiny_data, 
 
 def test_background_alone_weighs_nothing_in_a_process(tiny_data, tmp_path, monkeypatch, capsys):
     """Half of the images have no object: a process without any counts as none, not as one."""
-    data = shutil.copytree(tiny_data, tmp_path / "data")
-    file = next((data / "annotations").glob("*train*"))
-    content = json.loads(file.read_text())
-    ids = sorted(image["id"] for image in content["images"])[::2]
-    content["annotations"] = [a for a in content["annotations"] if a["image_id"] in ids]
-    file.write_text(json.dumps(content))
+    data = half_background(tiny_data, tmp_path / "data")
     arguments = ["--data", data, *BACKBONE[:-4], "--batch-size", 2, "--precision", "float32", "--num-denoising", 0]
     arguments += ["--steps", 8, "--lr", 1e-9, "--plain-end", 1]  # single images: some steps have a process without any
     status, _, error = called(train.main, [*arguments, "--out", tmp_path / "one"], monkeypatch, capsys)

@@ -5,7 +5,6 @@ import gzip
 import json
 import os
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, reference_weight, write_coco
+from conftest import ROOT, half_background, reference_weight, write_coco
 from PIL import Image
 from test_commands import SMALL, called, command
 from torture import disturbed
@@ -89,12 +88,7 @@ def test_a_signal_to_the_whole_group_ends_a_run_with_loaders(tiny_data, tmp_path
 
 def test_terms_that_not_each_step_has_are_summed_up(tiny_data, tmp_path, monkeypatch, capsys):
     """A batch without an object has no noisy copies."""
-    data = shutil.copytree(tiny_data, tmp_path / "data")
-    file = next((data / "annotations").glob("*train*"))
-    content = json.loads(file.read_text())
-    ids = sorted(image["id"] for image in content["images"])[::2]
-    content["annotations"] = [a for a in content["annotations"] if a["image_id"] in ids]
-    file.write_text(json.dumps(content))
+    data = half_background(tiny_data, tmp_path / "data")
     real, sums = runs.Run.count_losses, []
 
     def count(self):
